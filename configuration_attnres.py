@@ -1,3 +1,16 @@
+# Copyright 2026 The attnres authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Configuration of Attention Residuals (AttnRes, arXiv 2603.15031) over any decoder of Transformers."""
 
 from __future__ import annotations
@@ -28,7 +41,8 @@ class AttnResConfig(PreTrainedConfig):
     residual sum is replaced by softmax attention over depth.
 
     Whatever this configuration does not define itself (`hidden_size`, `num_hidden_layers`, `vocab_size`, token ids,
-    `tie_word_embeddings`, `layer_types`, ...) is read from, and written to, `backbone_config`.
+    `tie_word_embeddings`, `layer_types`, ...) is read from, and written to, `backbone_config`. Loaded from the
+    configuration of another decoder, `from_pretrained` makes that decoder the backbone, with `mix="sum"`.
 
     Args:
         backbone_config (`PreTrainedConfig`, `dict` or `str`):
@@ -136,6 +150,14 @@ class AttnResConfig(PreTrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Returns the backbone's text config, the one that describes vocabulary, heads and caches."""
         return self.backbone_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            config_dict = {"backbone_config": config_dict, "mix": "sum", "dtype": config_dict.get("dtype")}
+            if kwargs.get("block_size") is None:
+                config_dict["num_blocks"] = kwargs.pop("num_blocks", None)
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

@@ -1,3 +1,16 @@
+# Copyright 2026 The attnres authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Attention Residuals (AttnRes, arXiv 2603.15031) over any decoder of Transformers.
 
 The decoder, the *backbone*, is the library's own model, built by its Auto class and run by its own forward: attention,
@@ -221,6 +234,10 @@ class AttnResPreTrainedModel(PreTrainedModel):
         rewire(self.backbone, config)
         self.depth_attention = DepthAttention(config)
         self.post_init()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the library looks for experts in the source of this module; they are the backbone's
 
     @property
     def _can_compile_fullgraph(self) -> bool:
