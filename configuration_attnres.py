@@ -159,9 +159,10 @@ class AttnResConfig(PreTrainedConfig):
                 config_dict["num_blocks"] = kwargs.pop("num_blocks", None)
         return super().from_dict(config_dict, **kwargs)
 
-    def to_dict(self) -> dict[str, Any]:
-        output = super().to_dict()
-        output["backbone_config"].pop("_name_or_path", None)  # says where it was loaded from, often a local path
+    def to_diff_dict(self) -> dict[str, Any]:
+        output = super().to_diff_dict()
+        output["backbone_config"] = self.backbone_config.to_diff_dict()
+        output["backbone_config"].pop("transformers_version", None)
         return output
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any):

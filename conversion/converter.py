@@ -1,0 +1,300 @@
+"""The retrofit itself: the source's own shards under a new index, beside one small shard of depth parameters.
+
+A PreNorm checkpoint already is an AttnRes model whose pseudo-queries are zero, so nothing is computed: shards are
+hard-linked, or copied where a link is not possible, and `model-attnres.safetensors` adds `depth_attention.*`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich import filesize
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors.torch import save_file
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .. import modeling_attnres
+from ..configuration_attnres import MIXES, AttnResConfig
+from .source import DEPTH_PREFIX, ConversionError, Source, open_source
+from .verification import VERIFICATION_MODES, Verification, compare
+
+DEPTH_SHARD = "model-attnres.safetensors"
+SINGLE_SHARD = "model-00001-of-00001.safetensors"  # `model.safetensors` would be loaded without looking at the index
+REPORT = "attnres_conversion.json"
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did; also written beside the weights as `attnres_conversion.json`.
+
+    Attributes:
+        source: Hub id, or name of the directory, that was converted.
+        model_type: architecture of the backbone.
+        block_size, num_blocks, num_sublayers, num_reads, mix: the depth configuration (S, N, L, R).
+        parameters, added_parameters: of the source, and of depth attention on top.
+        bytes_linked, bytes_copied, bytes_written: of weights: hard-linked, copied unchanged, and new.
+        seconds: wall time of the conversion, verification included.
+        verification: what was compared and how close it was; `None` if it was not asked for.
+        versions: of the packages that did it.
+    """
+
+    source: str
+    model_type: str
+    block_size: int
+    num_blocks: int
+    num_sublayers: int
+    num_reads: int
+    mix: str
+    parameters: int
+    added_parameters: int
+    bytes_linked: int
+    bytes_copied: int
+    bytes_written: int
+    seconds: float
+    verification: Verification | None
+    versions: dict[str, str]
+
+
+def convert(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    block_size: int | None = None,
+    num_blocks: int | None = None,
+    mix: str = "sum",
+    verify: str = "full",
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: bool = False,
+) -> ConversionReport:
+    """Makes an AttnRes checkpoint of an existing one, without changing what it computes or rewriting a weight.
+
+    Args:
+        source (`str` or `PathLike`): directory of a checkpoint, or a Hub id.
+        destination (`str` or `PathLike`): directory to make. It appears at once and complete, or not at all.
+        block_size (`int`, *optional*): S, sublayers per block; 1 is Full AttnRes. Excludes `num_blocks`.
+        num_blocks (`int`, *optional*, defaults to 8): N, the number of blocks.
+        mix (`str`, *optional*, defaults to `"sum"`):
+            `"sum"` is lossless for every architecture; `"mean"` is the paper's read, lossless behind RMSNorms up to
+            their epsilon.
+        verify (`str`, *optional*, defaults to `"full"`):
+            `"full"` compares the logits of the whole models, `"sample"` of their first layers (for models that do not
+            fit in memory), `"none"` compares nothing.
+        overwrite (`bool`, *optional*, defaults to `False`): replace a checkpoint that is already at `destination`.
+        revision (`str`, *optional*): branch, tag or commit of a Hub id.
+        progress (`bool`, *optional*, defaults to `False`): show a progress bar on stderr while shards are copied.
+
+    Returns:
+        [`ConversionReport`]: what was done and measured.
+
+    Raises:
+        AttnResError: the request makes no sense, the source cannot be converted, or the result differs from it. The
+            message says what, where and what to do; source and destination are as they were.
+    """
+    started = time.perf_counter()
+    if mix not in MIXES:
+        raise ConversionError(f"mix={mix!r} is not allowed; choose one of {', '.join(map(repr, MIXES))}.")
+    if verify not in VERIFICATION_MODES:
+        raise ConversionError(f"verify={verify!r} is not allowed; choose one of {', '.join(VERIFICATION_MODES)}.")
+    target = Path(destination).absolute()
+    _check_destination(target, overwrite)
+    checkpoint = open_source(os.fspath(source), revision)
+    _check_apart(checkpoint.directory, target)
+    config = AttnResConfig(
+        backbone_config=checkpoint.config,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        mix=mix,
+        dtype=checkpoint.config.dtype,
+        architectures=["AttnResForCausalLM"],
+    )
+
+    with _staging(target) as stage:
+        written = _write_depth_shard(checkpoint, config, stage)
+        linked, copied = _link_shards(checkpoint, stage, progress)
+        _write_index(checkpoint, config, stage)
+        _write_config_and_code(config, stage)
+        for name in checkpoint.companions:
+            (stage / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint.directory / name, stage / name)
+        report = ConversionReport(
+            source=checkpoint.name,
+            model_type=checkpoint.config.model_type,
+            block_size=config.block_size,
+            num_blocks=config.num_blocks,
+            num_sublayers=config.num_sublayers,
+            num_reads=config.num_reads,
+            mix=mix,
+            parameters=checkpoint.num_parameters,
+            added_parameters=2 * config.num_reads * config.hidden_size,
+            bytes_linked=linked,
+            bytes_copied=copied,
+            bytes_written=written,
+            verification=None if verify == "none" else compare(checkpoint, stage, config, verify),
+            seconds=round(time.perf_counter() - started, 2),
+            versions={name: version(name) for name in ("attnres", "torch", "transformers", "safetensors")},
+        )
+        (stage / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        _deliver(stage, target)
+    return report
+
+
+def report_table(report: ConversionReport) -> Table:
+    """The report as a table for a terminal."""
+    table = Table(title=f"{report.source}: {report.model_type} with Attention Residuals", show_header=False)
+    kind = "Full" if report.block_size == 1 else "Block"
+    table.add_row("Depth attention", f"{kind}, mix {report.mix}, {report.num_reads} reads")
+    table.add_row("Blocks", f"{report.num_blocks} of {report.block_size} sublayers ({report.num_sublayers} in all)")
+    table.add_row("Parameters", f"{report.parameters:,} + {report.added_parameters:,} added")
+    table.add_row("Weights linked", filesize.decimal(report.bytes_linked))
+    table.add_row("Weights copied", filesize.decimal(report.bytes_copied))
+    table.add_row("Weights written", filesize.decimal(report.bytes_written))
+    if report.verification is None:
+        table.add_row("Verification", "none")
+    else:
+        seen = report.verification
+        scope = "whole model" if seen.mode == "full" else f"first {seen.num_hidden_layers} decoder layers"
+        table.add_row("Verification", f"{scope}, float32, {seen.tokens} tokens in {seen.sequences} sequences")
+        table.add_row("Largest logit difference", f"{seen.largest_logit_difference:.2e} (of {seen.largest_logit:.1f})")
+        table.add_row("Greedy tokens equal", f"{seen.greedy_agreement:.1%}")
+    table.add_row("Seconds", f"{report.seconds:.1f}")
+    return table
+
+
+def _check_destination(target: Path, overwrite: bool) -> None:
+    if not target.parent.is_dir():
+        raise ConversionError(f"destination {target}: its parent directory does not exist; create it first.")
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise ConversionError(f"destination {target} exists; choose another, or pass overwrite (--overwrite).")
+    if target.is_symlink() or not (target / "config.json").is_file():
+        raise ConversionError(
+            f"destination {target} exists and is not the directory of a checkpoint (it has no config.json), so it is "
+            "not overwritten; choose another, or remove it yourself."
+        )
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    source, target = source.resolve(), target.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise ConversionError(f"source {source} and destination {target} overlap; choose a destination elsewhere.")
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A directory beside the destination, on the same file system, that is gone afterwards unless delivered."""
+    try:
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.attnres-", dir=target.parent))
+    except OSError as error:
+        raise ConversionError(f"destination {target} cannot be written: {error}") from error
+    try:
+        yield stage
+    except OSError as error:
+        raise ConversionError(f"writing {target} failed: {error}. Nothing was left there.") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _write_depth_shard(source: Source, config: AttnResConfig, stage: Path) -> int:
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    shape = (config.num_reads, config.hidden_size)
+    tensors = {
+        f"{DEPTH_PREFIX}key_norm": torch.ones(shape, dtype=dtype),
+        f"{DEPTH_PREFIX}query": torch.zeros(shape, dtype=dtype),
+    }
+    save_file(tensors, stage / DEPTH_SHARD, metadata={"format": "pt"})
+    return (stage / DEPTH_SHARD).stat().st_size
+
+
+def _shard_name(shard: str) -> str:
+    return SINGLE_SHARD if shard == SAFE_WEIGHTS_NAME else shard
+
+
+def _link_shards(source: Source, stage: Path, progress: bool) -> tuple[int, int]:
+    """Hard-links every shard, or copies it where the file system does not allow that. Returns bytes linked, copied."""
+    linked = copied = 0
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not progress, transient=True) as bar:
+        task = bar.add_task("Linking shards", total=source.num_bytes)
+        for shard in source.shards:
+            path = (source.directory / shard).resolve()  # the Hub's cache holds links to blobs
+            size = path.stat().st_size
+            try:
+                os.link(path, stage / _shard_name(shard))
+                linked += size
+                bar.advance(task, size)
+            except OSError:
+                bar.update(task, description="Copying shards")
+                with path.open("rb") as reader, (stage / _shard_name(shard)).open("wb") as writer:
+                    while chunk := reader.read(16 * 2**20):
+                        writer.write(chunk)
+                        bar.advance(task, len(chunk))
+                copied += size
+    return linked, copied
+
+
+def _write_index(source: Source, config: AttnResConfig, stage: Path) -> None:
+    weight_map = {name: _shard_name(shard) for name, shard in source.tensors.items()}
+    weight_map |= dict.fromkeys((f"{DEPTH_PREFIX}key_norm", f"{DEPTH_PREFIX}query"), DEPTH_SHARD)
+    metadata = {
+        "total_parameters": source.num_parameters + 2 * config.num_reads * config.hidden_size,
+        "total_size": sum((stage / shard).stat().st_size for shard in set(weight_map.values())),
+    }
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    (stage / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_config_and_code(config: AttnResConfig, stage: Path) -> None:
+    config.save_pretrained(stage)
+    code = modeling_attnres.__file__
+    for path in {code, *get_relative_import_files(code)}:
+        shutil.copyfile(path, stage / Path(path).name)
+
+
+def _deliver(stage: Path, target: Path) -> None:
+    """Puts the finished directory in its place; what it replaces is removed only afterwards."""
+    stage.chmod(0o777 & ~_umask())  # temporary directories are private
+    for path in sorted(stage.rglob("*")):
+        _sync(path)
+    _sync(stage)
+    replaced = stage.with_name(stage.name + ".replaced")
+    if target.exists():
+        target.rename(replaced)
+    try:
+        stage.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,234 @@
+"""Reading a checkpoint to convert: its config, its index and the headers of its shards, never its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..configuration_attnres import AttnResConfig, AttnResError
+from ..modeling_attnres import check_supported
+
+# What comes along with the weights, as it is: tokenizer (with its code, if it has any), chat template, generation
+# config and licence. A model card does not: it describes another model.
+COMPANIONS = (
+    "added_tokens.json",
+    "additional_chat_templates/*",
+    "chat_template*",
+    "generation_config.json",
+    "LICENCE*",
+    "LICENSE*",
+    "merges.txt",
+    "NOTICE*",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tiktoken.model",
+    "tokenization_*.py",
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "USE_POLICY*",
+    "vocab.*",
+)
+DEPTH_PREFIX = "depth_attention."
+
+
+class ConversionError(AttnResError):
+    """A checkpoint cannot be converted as asked; nothing was written."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a shard's header says of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint directory that has been found fit for conversion.
+
+    Attributes:
+        directory: where it lies.
+        name: what to call it in reports: the Hub id, or the name of the directory.
+        config: the decoder's configuration.
+        shards: safetensors files by their name in `directory`.
+        tensors: name of every tensor, and the shard that holds it.
+        infos: name of every tensor, and what the header says of it.
+        companions: tokenizer, templates, generation config and licence, relative to `directory`.
+    """
+
+    directory: Path
+    name: str
+    config: PreTrainedConfig
+    shards: tuple[str, ...]
+    tensors: dict[str, str]
+    infos: dict[str, TensorInfo]
+    companions: tuple[str, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(info.num_elements for info in self.infos.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum((self.directory / shard).stat().st_size for shard in self.shards)
+
+
+def open_source(source: str | Path, revision: str | None = None) -> Source:
+    """Finds a checkpoint and checks that it can be converted.
+
+    Args:
+        source (`str` or `Path`): a local directory, or a Hub id, which is downloaded to the Hub's cache.
+        revision (`str`, *optional*): branch, tag or commit of a Hub id.
+
+    Raises:
+        ConversionError: it is missing, incomplete, of another format or of a kind that cannot be converted.
+        UnsupportedBackboneError: its architecture is not supported.
+    """
+    directory = _find(source, revision)
+    config = _read_config(directory)
+    shards, tensors = _read_index(directory)
+    infos = _read_headers(directory, shards, tensors)
+    companions = sorted(
+        path.relative_to(directory).as_posix()
+        for pattern in COMPANIONS
+        for path in directory.glob(pattern)
+        if path.is_file() and not fnmatch(path.name, "*.safetensors*")
+    )
+    name = str(source) if not Path(source).exists() else directory.resolve().name
+    return Source(directory, name, config, shards, tensors, infos, tuple(companions))
+
+
+def _find(source: str | Path, revision: str | None) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ConversionError(f"source {str(source)!r} is a file; give the directory of a checkpoint, or a Hub id.")
+    if path.is_absolute() or len(path.parts) > 2 or str(source).startswith((".", "~")):
+        raise ConversionError(f"source {str(source)!r} does not exist; give the directory of a checkpoint, or a Hub id.")
+    try:
+        patterns = ["config.json", "*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *COMPANIONS]
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ConversionError(f"source {str(source)!r} is neither a directory nor a Hub id: {error}") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConversionError(
+            f"source {str(source)!r} is not a directory here, and could not be fetched from the Hub: {reason} "
+            "Check the name, the network and, for a gated model, `hf auth login`."
+        ) from error
+
+
+def _read_config(directory: Path) -> PreTrainedConfig:
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        if (directory / "adapter_config.json").is_file():
+            raise ConversionError(
+                f"{directory} holds a PEFT adapter, not a checkpoint; merge it into its base model "
+                "(`merge_and_unload`), save that, and convert the result."
+            )
+        raise ConversionError(f"{directory} has no config.json; it is not a Transformers checkpoint.")
+    config_dict = read_json(config_file)
+    model_type = config_dict.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConversionError(f"{config_file}: model_type={model_type!r}; a string was expected.")
+    if model_type == AttnResConfig.model_type:
+        raise ConversionError(f"{directory} is an AttnRes checkpoint already; there is nothing to convert.")
+    check_supported(model_type)
+    architectures = config_dict.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ConversionError(f"{config_file}: architectures={architectures!r}; a list of class names was expected.")
+    if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
+        raise ConversionError(
+            f"{config_file}: architectures={architectures}; only causal language models (...ForCausalLM) can be "
+            "converted."
+        )
+    if "quantization_config" in config_dict:
+        raise ConversionError(
+            f"{config_file}: quantization_config is set; quantised checkpoints cannot be converted yet. Convert the "
+            "unquantised checkpoint and quantise the result."
+        )
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConversionError(f"{config_file} makes no {model_type} configuration: {error}") from error
+
+
+def _read_index(directory: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Returns the shards, and for each tensor name the shard that holds it, in the order the loader looks."""
+    if (directory / SAFE_WEIGHTS_NAME).is_file():
+        with _open_shard(directory / SAFE_WEIGHTS_NAME) as file:
+            return (SAFE_WEIGHTS_NAME,), dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+    index_file = directory / SAFE_WEIGHTS_INDEX_NAME
+    if not index_file.is_file():
+        if pickles := sorted(path.name for path in directory.glob("*.bin")):
+            raise ConversionError(
+                f"{directory} holds pickled weights ({pickles[0]}), which are never loaded: a pickle can run code. "
+                "Save the model as safetensors first."
+            )
+        raise ConversionError(f"{directory} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{index_file}: weight_map is missing or empty.")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or shard != Path(shard).name or not shard.endswith(".safetensors"):
+            raise ConversionError(f"{index_file}: tensor {name!r} is in {shard!r}, which is no safetensors file name.")
+    return tuple(sorted(set(weight_map.values()))), weight_map
+
+
+def _read_headers(directory: Path, shards: tuple[str, ...], tensors: dict[str, str]) -> dict[str, TensorInfo]:
+    infos: dict[str, TensorInfo] = {}
+    for shard in shards:
+        path = directory / shard
+        if not path.is_file():
+            raise ConversionError(f"{path} is named by {SAFE_WEIGHTS_INDEX_NAME} but missing; fetch it again.")
+        with _open_shard(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if tensors.get(name) != shard:
+                    raise ConversionError(f"{path} holds tensor {name!r}, which the index puts in {tensors.get(name)}.")
+                tensor = file.get_slice(name)
+                infos[name] = TensorInfo(tuple(tensor.get_shape()), tensor.get_dtype())
+    if missing := sorted(set(tensors) - set(infos)):
+        raise ConversionError(
+            f"{directory / tensors[missing[0]]} lacks tensor {missing[0]!r}, which the index puts there"
+            + (f" ({len(missing)} tensors are missing in all)." if len(missing) > 1 else ".")
+        )
+    if taken := [name for name in infos if name.startswith(DEPTH_PREFIX)]:
+        raise ConversionError(f"{directory / tensors[taken[0]]} holds {taken[0]!r}, a name that AttnRes needs.")
+    return infos
+
+
+def _open_shard(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object, or says what is wrong with the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConversionError(f"{path} holds a JSON {type(value).__name__}; an object was expected.")
+    return value

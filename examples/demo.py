@@ -1,0 +1,82 @@
+"""What `attnres demo` and `make demo` run: the project's main job, end to end, on a checkpoint that is included."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..configuration_attnres import AttnResError
+from ..conversion import convert
+from ..conversion.converter import report_table
+
+CHECKPOINT = Path(__file__).resolve().parent / "tiny-qwen3"
+MARK = ".attnres-demo"
+PROMPTS = (
+    "import os\nimport sys\n\ndef main(",
+    "class Queue:\n    def __init__(self, maxsize=0):\n",
+    "    def test_close(self):\n        with self.assertRaises(",
+)
+
+
+def run(output: Path, console: Console, max_new_tokens: int = 40) -> Path:
+    """Converts `tiny-qwen3`, verifies it, and generates from original and converted side by side.
+
+    Args:
+        output (`Path`): directory to write to; one that an earlier run made is made anew.
+        console (`Console`): where to print.
+        max_new_tokens (`int`, *optional*, defaults to 40): length of each continuation.
+
+    Returns:
+        `Path`: the converted checkpoint.
+
+    Raises:
+        AttnResError: `output` holds something else, or the conversion failed.
+    """
+    if output.exists():
+        if not (output / MARK).is_file():
+            raise AttnResError(f"{output} exists and was not made by the demo; choose another with --output.")
+        shutil.rmtree(output)
+    output.mkdir(parents=True)
+    (output / MARK).touch()
+    converted = output / "tiny-qwen3-attnres"
+
+    console.rule("1. Convert")
+    console.print("examples/tiny-qwen3 is a Qwen3 of 8 layers, trained on the Python standard library.")
+    console.print(report_table(convert(CHECKPOINT, converted, num_blocks=8, progress=True)))
+
+    console.rule("2. Generate from both")
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    original = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    attnres = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32, trust_remote_code=True)
+    same = 0
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        texts = [
+            tokenizer.decode(model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0])
+            for model in (original, attnres)
+        ]
+        same += texts[0] == texts[1]
+        table = Table("Qwen3", "Qwen3 with Attention Residuals", expand=True)
+        table.add_row(*(escape(text) for text in texts))
+        console.print(table)
+    console.print(f"{same} of {len(PROMPTS)} continuations are the same, token for token.")
+
+    console.rule("3. Where it is, and what next")
+    console.print(f"The converted checkpoint: [bold]{escape(str(converted))}[/], with attnres_conversion.json beside it.")
+    commands = (
+        "attnres convert Qwen/Qwen3-0.6B Qwen3-0.6B-AttnRes --num-blocks 8",
+        'python -c "from transformers import pipeline; print(pipeline(\'text-generation\', '
+        "'Qwen3-0.6B-AttnRes', trust_remote_code=True)('Attention over depth'))\"",
+        "hf upload YOUR-NAME/Qwen3-0.6B-AttnRes Qwen3-0.6B-AttnRes",
+    )
+    console.print(Panel(escape("\n".join(commands)), title="For your own checkpoint: convert, generate, share"))
+    if same != len(PROMPTS):
+        raise AttnResError("the converted checkpoint generates something else than the original.")
+    return converted

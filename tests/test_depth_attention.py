@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import ReferenceModel
+from reference import read as reference_read
+from tiny import FAMILIES, random_tokens, retrofit, tiny_model
+
+from attnres import AttnResConfig, DepthAttention
+from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, DepthState, depth_weights, read
+
+IMPLEMENTATIONS = sorted(DEPTH_ATTENTION_FUNCTIONS)
+HIDDEN = 24
+
+
+def make_sources(count: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(count)
+    # Sources of very different size, as they are in trained models.
+    return tuple((torch.randn(2, 5, HIDDEN, generator=generator) * scale * 4.0**-i).to(dtype) for i in range(count))
+
+
+def make_config(block_size: int, **kwargs: object) -> AttnResConfig:
+    backbone = dict(model_type="qwen3", hidden_size=HIDDEN, num_hidden_layers=4, num_attention_heads=4)
+    return AttnResConfig(backbone_config=backbone, block_size=block_size, **kwargs)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mix", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_written", "block_size"), [(0, 3), (1, 3), (3, 3), (5, 3), (4, 1), (8, 8), (7, 8)])
+def test_read_equals_reference(num_written, block_size, dtype, mix, implementation) -> None:
+    config = make_config(block_size, mix=mix, depth_attention_implementation=implementation)
+    has_partial_sum = num_written % block_size > 0
+    values = make_sources(1 + num_written // block_size + has_partial_sum, dtype)
+    query = torch.randn(config.num_reads, HIDDEN, generator=torch.Generator().manual_seed(0))
+    state = DepthState.unflatten(values, num_written, block_size)
+    if has_partial_sum:  # an implementation with phases has opened the block at its first read
+        _, opened = read(query, DepthState(values[:-1]), num_written - num_written % block_size, config)
+        state = opened._replace(partial_sum=values[-1])
+    actual, _ = read(query, state, num_written, config)
+
+    ones = torch.ones(HIDDEN, dtype=torch.float64)
+    expected, weights = reference_read([v.double() for v in values], query[num_written].double(), ones, mix, 1e-6)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    assert actual.dtype == dtype
+    assert (actual.double() - expected).abs().max() <= tolerance * expected.abs().max()
+    actual_weights = depth_weights(query[num_written], state.sources, state.partial_sum, 1e-6)
+    torch.testing.assert_close(actual_weights.double(), weights, atol=1e-6, rtol=1e-5)
+
+
+def test_zero_queries_give_the_residual_stream() -> None:
+    values = make_sources(5)
+    state = DepthState(values[:4], values[4])
+    config = make_config(8, mix="sum")
+    hidden_states, _ = read(torch.zeros(config.num_reads, HIDDEN), state, 4, config)
+    torch.testing.assert_close(hidden_states, sum(values), atol=1e-6, rtol=1e-6)
+
+
+def test_large_values_do_not_overflow() -> None:
+    """Statistics are in float32: the square of 300 is beyond float16."""
+    values = tuple(torch.full((1, 1, HIDDEN), x, dtype=torch.float16) for x in (300.0, 30000.0))
+    config = make_config(1)
+    hidden_states, _ = read(torch.zeros(config.num_reads, HIDDEN), DepthState(values), 1, config)
+    torch.testing.assert_close(hidden_states, torch.full_like(hidden_states, 15150.0))
+
+
+def test_state_survives_flattening() -> None:
+    for num_written, block_size in [(0, 4), (3, 4), (4, 4), (9, 4), (3, 1), (5, 8)]:
+        values = make_sources(1 + -(-num_written // block_size))
+        state = DepthState.unflatten(values, num_written, block_size)
+        assert (state.partial_sum is None) == (num_written % block_size == 0)
+        assert all(a is b for a, b in zip(state.flatten(), values, strict=True))
+
+
+def test_writing_leaves_the_old_state_alone() -> None:
+    first, second, third = make_sources(3)
+    state = DepthState((first,)).write(second, closes_block=False)
+    closed = state.write(third, closes_block=True)
+    assert state.partial_sum is second
+    assert closed.partial_sum is None
+    torch.testing.assert_close(closed.sources[1], second + third)
+
+
+def test_folded_query_is_float32() -> None:
+    depth_attention = DepthAttention(make_config(2)).bfloat16()
+    assert depth_attention().dtype == torch.float32
+    assert depth_attention().shape == (9, HIDDEN)
+    assert not depth_attention().any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mix", ["mean", "sum"])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4, 6, 12])
+def test_model_equals_reference(block_size: int, mix: str, implementation: str) -> None:
+    """DESIGN: logits to 1e-5 and gradients to 1e-4 of an independent float64 reference, with non-zero queries."""
+    backbone = tiny_model("qwen3", num_hidden_layers=6)
+    kwargs = dict(block_size=block_size, mix=mix, depth_attention_implementation=implementation)
+    model = retrofit(backbone, random_queries=True, **kwargs)
+    reference = ReferenceModel(backbone, model.depth_attention.query, model.depth_attention.key_norm, block_size, mix)
+    input_ids = random_tokens()
+    outputs = model(input_ids, labels=input_ids, output_depth_attentions=True)
+    expected = reference(input_ids, labels=input_ids)
+    assert (outputs.logits.double() - expected.logits).abs().max() <= 1e-5
+    for actual_weights, expected_weights in zip(outputs.depth_attentions, reference.weights, strict=True):
+        torch.testing.assert_close(actual_weights.double(), expected_weights, atol=1e-5, rtol=0)
+
+    outputs.loss.backward()
+    expected.loss.backward()
+    depth = model.depth_attention
+    assert (depth.query.grad.double() - reference.query.grad).abs().max() <= 1e-4
+    assert (depth.key_norm.grad.double() - reference.key_norm.grad).abs().max() <= 1e-4
+    assert depth.query.grad[1:].abs().amax(-1).min() > 0, "a query without gradient"
+    expected_grads = dict(reference.backbone.named_parameters())
+    for name, parameter in model.backbone.named_parameters():
+        assert (parameter.grad.double() - expected_grads[name].grad).abs().max() <= 1e-4, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_equals_reference(family: str) -> None:
+    backbone = tiny_model(family)
+    model = retrofit(backbone, random_queries=True, block_size=3, mix="mean")
+    reference = ReferenceModel(backbone, model.depth_attention.query, model.depth_attention.key_norm, 3)
+    input_ids = random_tokens()
+    with torch.no_grad():
+        difference = (model(input_ids).logits.double() - reference(input_ids).logits).abs().max()
+    assert difference <= 1e-5

@@ -1,0 +1,399 @@
+from __future__ import annotations
+
+import copy
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import FAMILIES, VOCAB_SIZE, random_tokens, randomize, retrofit, tiny_config, tiny_model
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Qwen3ForCausalLM, Trainer, TrainingArguments
+
+from attnres import AttnResConfig, AttnResError, AttnResForCausalLM, AttnResModel
+from attnres.modeling_attnres import UnsupportedBackboneError
+
+MOE_FAMILIES = ["mixtral", "qwen3_moe"]
+
+
+def gradients(model: PreTrainedModel, **kwargs: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**kwargs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def files_of(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+# -- lossless retrofit ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_retrofit_is_lossless(family: str, block_size: int) -> None:
+    backbone = tiny_model(family)
+    model = retrofit(backbone, block_size=block_size)
+    input_ids = random_tokens()
+    with torch.no_grad():
+        expected = backbone(input_ids, output_hidden_states=True)
+        actual = model(input_ids, output_hidden_states=True)
+    torch.testing.assert_close(actual.logits, expected.logits, atol=2e-6, rtol=1e-5)
+    for a, b in zip(actual.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, atol=5e-6, rtol=1e-5)
+    kwargs = dict(max_new_tokens=12, do_sample=False, eos_token_id=-1)
+    assert torch.equal(model.generate(input_ids, **kwargs), backbone.generate(input_ids, **kwargs))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "kimi_linear"])
+def test_mean_is_lossless_behind_an_rmsnorm(family: str) -> None:
+    """The scale of a read cancels in the norm behind it, but for the norm's epsilon."""
+    backbone = tiny_model(family, rms_norm_eps=1e-12)
+    input_ids = random_tokens()
+    with torch.no_grad():
+        difference = retrofit(backbone, block_size=2, mix="mean")(input_ids).logits - backbone(input_ids).logits
+    assert difference.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "kimi_linear"])
+def test_bfloat16_is_no_further_from_float32_than_the_original(family: str) -> None:
+    backbone = tiny_model(family, num_hidden_layers=8, **layer_types(family, 8))
+    input_ids = random_tokens(batch=16, length=32)
+
+    def divergence(model: PreTrainedModel) -> float:
+        with torch.no_grad():
+            expected = backbone(input_ids).logits.double().log_softmax(-1)
+            actual = copy.deepcopy(model).bfloat16()(input_ids).logits.double().log_softmax(-1)
+        return (expected.exp() * (expected - actual)).sum(-1).mean().item()
+
+    assert divergence(retrofit(backbone, num_blocks=8)) <= 1.1 * divergence(backbone)
+
+
+def layer_types(family: str, count: int) -> dict[str, Any]:
+    if family != "kimi_linear":
+        return {}
+    kinds = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(count)]
+    return {"layer_types": kinds, "mlp_layer_types": ["dense"] + ["sparse"] * (count - 1)}
+
+
+def test_plain_checkpoint_can_be_retrofitted_while_loading(tmp_path: Path) -> None:
+    backbone = tiny_model("qwen3")
+    backbone.save_pretrained(tmp_path)
+    model, info = AttnResForCausalLM.from_pretrained(tmp_path, num_blocks=4, output_loading_info=True)
+    assert info["missing_keys"] == {"depth_attention.query", "depth_attention.key_norm"}
+    assert (model.config.block_size, model.config.mix) == (2, "sum")
+    input_ids = random_tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(input_ids).logits, backbone(input_ids).logits, atol=2e-6, rtol=1e-5)
+
+
+# -- outputs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 8])
+def test_depth_attentions(block_size: int) -> None:
+    backbone = tiny_model("qwen3")
+    input_ids = random_tokens(batch=2, length=5)
+    weights = retrofit(backbone, block_size=block_size)(input_ids, output_depth_attentions=True).depth_attentions
+    sources = [1 + -(-written // block_size) for written in range(9)]
+    assert [w.shape for w in weights] == [(2, 5, n) for n in sources]
+    assert all(torch.allclose(w, torch.full_like(w, 1 / n)) for w, n in zip(weights, sources))
+    model = retrofit(backbone, block_size=block_size, random_queries=True)
+    weights = model(input_ids, output_depth_attentions=True).depth_attentions
+    assert all(torch.allclose(w.sum(-1), torch.ones(2, 5)) for w in weights)
+    assert weights[-1].std() > 0.01
+
+
+def test_outputs_are_the_backbones() -> None:
+    backbone = tiny_model("qwen3", attn_implementation="eager")
+    model = retrofit(backbone, attn_implementation="eager")
+    input_ids = random_tokens()
+    expected = backbone(input_ids, labels=input_ids, output_attentions=True)
+    actual = model(input_ids, labels=input_ids, output_attentions=True)
+    assert type(actual) is type(expected)
+    torch.testing.assert_close(actual.loss, expected.loss)
+    for a, b in zip(actual.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    as_tuple = model(input_ids, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    torch.testing.assert_close(as_tuple[0], actual.logits)
+    items = torch.tensor(1000)
+    torch.testing.assert_close(
+        model(input_ids, labels=input_ids, num_items_in_batch=items).loss,
+        backbone(input_ids, labels=input_ids, num_items_in_batch=items).loss,
+    )
+
+
+def test_hidden_states_can_be_asked_for_in_the_config_and_by_index() -> None:
+    model = retrofit(tiny_model("qwen3"), random_queries=True)
+    input_ids = random_tokens()
+    everything = model(input_ids, output_hidden_states=True).hidden_states
+    some = model(input_ids, output_hidden_states=[1, -1]).hidden_states
+    assert [h is not None for h in some] == [False, True, False, False, True]
+    torch.testing.assert_close(some[1], everything[1])
+    model.config.output_hidden_states = True
+    assert len(model(input_ids).hidden_states) == 5
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_router_logits_and_auxiliary_loss(family: str) -> None:
+    backbone = tiny_model(family)
+    model = retrofit(backbone)
+    input_ids = random_tokens()
+    expected = backbone(input_ids, labels=input_ids, output_router_logits=True)
+    actual = model(input_ids, labels=input_ids, output_router_logits=True)
+    assert actual.aux_loss > 0
+    torch.testing.assert_close(actual.aux_loss, expected.aux_loss)
+    torch.testing.assert_close(actual.loss, expected.loss)
+    assert len(actual.router_logits) == len(expected.router_logits) == 4
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_experts_implementation(implementation: str, tmp_path: Path) -> None:
+    model = retrofit(tiny_model("qwen3_moe"), random_queries=True)
+    input_ids = random_tokens()
+    expected = model(input_ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = AttnResForCausalLM.from_pretrained(tmp_path, experts_implementation=implementation).eval()
+    assert loaded.backbone.config._experts_implementation == implementation
+    torch.testing.assert_close(loaded(input_ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+def test_attention_implementations(implementation: str, tmp_path: Path) -> None:
+    model = retrofit(tiny_model("qwen3", head_dim=16), random_queries=True)
+    model.save_pretrained(tmp_path)
+    loaded = AttnResForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation).eval()
+    assert loaded.backbone.config._attn_implementation == implementation
+    input_ids = random_tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits, atol=1e-5, rtol=1e-4)
+
+
+# -- training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "kimi_linear"])
+def test_gradient_checkpointing_gives_the_same_gradients(family: str, use_reentrant: bool) -> None:
+    model = retrofit(tiny_model(family), random_queries=True, block_size=3).train()
+    input_ids = random_tokens()
+    expected = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    actual = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_gradient_checkpointing_recomputes() -> None:
+    model = retrofit(tiny_model("qwen3")).train()
+    model.gradient_checkpointing_enable()
+    calls = []
+    model.backbone.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients(model, input_ids=random_tokens(), labels=random_tokens(), use_cache=False)
+    assert len(calls) == 2
+
+
+def test_autocast_keeps_sources_in_the_dtype_of_the_embedding() -> None:
+    model = retrofit(tiny_model("qwen3"), random_queries=True)
+    input_ids = random_tokens()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden_states = model(input_ids, output_hidden_states=True).hidden_states
+    assert all(h.dtype == torch.float32 for h in hidden_states[:-1])
+
+
+def test_trainer_learns_and_resumes_with_queries_that_moved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = retrofit(tiny_model("qwen3"), block_size=2).train()
+    data = [{"input_ids": row, "labels": row} for row in random_tokens(batch=8, length=12)]
+    arguments = dict(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        max_steps=12,
+        save_steps=12,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        gradient_checkpointing=True,
+    )
+    trainer = Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    assert model.depth_attention.query[1:].abs().amax(-1).min() > 0
+    assert not model.depth_attention.query[0].any(), "the first read sees one source: its query has no effect"
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-12")
+    assert isinstance(loaded, AttnResForCausalLM)
+    input_ids = random_tokens()
+    torch.testing.assert_close(loaded.eval()(input_ids).logits, model.eval()(input_ids).logits)
+
+
+def test_lora_beside_trained_depth_attention() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["depth_attention"], task_type="CAUSAL_LM")
+    model = get_peft_model(retrofit(tiny_model("qwen3")), config)
+    input_ids = random_tokens()
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("lora_B" in name for name in trained)
+    assert any("depth_attention" in name and "query" in name for name in trained)
+    assert not any("embed_tokens" in name for name in trained)
+
+
+# -- saving and loading --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_load_save_gives_the_same_bytes_under_the_backbones_names(family: str, tmp_path: Path) -> None:
+    backbone = tiny_model(family)
+    backbone.save_pretrained(tmp_path / "backbone")
+    model = retrofit(backbone, random_queries=True)
+    model.save_pretrained(tmp_path / "first")
+    loaded = AttnResForCausalLM.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
+    names = [
+        set(safe_open(tmp_path / directory / "model.safetensors", framework="pt").keys())
+        for directory in ("backbone", "first")
+    ]
+    assert names[1] - names[0] == {"depth_attention.query", "depth_attention.key_norm"}
+    assert names[0] <= names[1]
+
+
+def test_either_class_loads_the_others_checkpoint(tmp_path: Path) -> None:
+    model = retrofit(tiny_model("qwen3_moe", tie_word_embeddings=True), random_queries=True)
+    model.save_pretrained(tmp_path / "head")
+    headless, info = AutoModel.from_pretrained(tmp_path / "head", output_loading_info=True)
+    assert isinstance(headless, AttnResModel)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    input_ids = random_tokens()
+    expected = model(input_ids, output_hidden_states=True)
+    torch.testing.assert_close(headless.eval()(input_ids).last_hidden_state, expected.hidden_states[-1])
+    headless.save_pretrained(tmp_path / "headless")
+    back, info = AttnResForCausalLM.from_pretrained(tmp_path / "headless", output_loading_info=True)
+    assert not info["missing_keys"]
+    torch.testing.assert_close(back.eval()(input_ids).logits, expected.logits)
+
+
+def test_saved_code_and_auto_map(tmp_path: Path) -> None:
+    model = retrofit(tiny_model("llama"))
+    for saved in (model, AttnResModel(model.config), model.config):
+        saved.save_pretrained(tmp_path / type(saved).__name__)
+        reloaded = AttnResConfig.from_pretrained(tmp_path / type(saved).__name__)
+        assert set(reloaded.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+        assert (tmp_path / type(saved).__name__ / "configuration_attnres.py").is_file()
+    code = {path.name for path in (tmp_path / "AttnResForCausalLM").glob("*.py")}
+    assert code == {"configuration_attnres.py", "modeling_attnres.py", "depth_attention.py"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    retrofit(tiny_model("qwen3")).save_pretrained(tmp_path)
+    model = AttnResForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model(random_tokens()).logits.dtype == dtype
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto")
+    assert {p.dtype for p in again.parameters()} == {dtype}
+
+
+def test_offloaded_to_cpu_and_disk(tmp_path: Path) -> None:
+    model = retrofit(tiny_model("qwen3"), random_queries=True, block_size=3)
+    model.save_pretrained(tmp_path / "model")
+    sizes = sum(p.numel() * 4 for p in model.backbone.model.layers[0].parameters())
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map="auto",
+        max_memory={"cpu": 4 * VOCAB_SIZE * 32 + 2 * sizes + 10_000},
+        offload_folder=tmp_path / "offload",
+    )
+    devices = set(loaded.hf_device_map.values())
+    assert "disk" in devices
+    assert len(devices) == 2
+    input_ids = random_tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits)
+        assert torch.equal(
+            loaded.generate(input_ids, max_new_tokens=5, do_sample=False),
+            model.generate(input_ids, max_new_tokens=5, do_sample=False),
+        )
+
+
+def test_no_layer_is_split_between_devices() -> None:
+    from accelerate import infer_auto_device_map
+
+    model = retrofit(tiny_model("qwen3"))
+    assert model._no_split_modules == {"AttnResQwen3DecoderLayer"}
+    device_map = infer_auto_device_map(model, {0: 60_000, "cpu": "1GB"}, model._no_split_modules)
+    assert not any(name.count(".") > 3 for name in device_map)
+
+
+def test_embeddings_and_tied_head(tmp_path: Path) -> None:
+    model = retrofit(tiny_model("qwen3"), random_queries=True)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.resize_token_embeddings(VOCAB_SIZE + 7)
+    assert model.config.vocab_size == model.config.backbone_config.vocab_size == VOCAB_SIZE + 7
+    assert model(random_tokens()).logits.shape[-1] == VOCAB_SIZE + 7
+    model.save_pretrained(tmp_path)
+    loaded = AttnResForCausalLM.from_pretrained(tmp_path)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    torch.testing.assert_close(loaded.eval()(random_tokens()).logits, model(random_tokens()).logits)
+
+
+def test_copies_and_pickles() -> None:
+    model = retrofit(tiny_model("qwen3"), random_queries=True)
+    input_ids = random_tokens()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(input_ids).logits, model(input_ids).logits)
+        randomize(other, seed=9)
+        assert not torch.allclose(other(input_ids).logits, model(input_ids).logits)
+
+
+def test_meta_device() -> None:
+    with torch.device("meta"):
+        model = AttnResForCausalLM(AttnResConfig(backbone_config=tiny_config("kimi_linear")))
+    assert all(p.device.type == "meta" for p in model.parameters())
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_family_is_refused_by_name() -> None:
+    config = AttnResConfig(backbone_config=dict(model_type="gpt2", n_layer=2, n_embd=32, n_head=2))
+    with pytest.raises(UnsupportedBackboneError, match="'gpt2' is not supported.*qwen3"):
+        AttnResForCausalLM(config)
+
+
+def test_unexpected_structure_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = Qwen3ForCausalLM.__init__
+
+    def build_with_extra_norm(self: Qwen3ForCausalLM, config: Any) -> None:
+        build(self, config)
+        self.model.layers[2].extra_norm = torch.nn.LayerNorm(4)
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "__init__", build_with_extra_norm)
+    with pytest.raises(UnsupportedBackboneError, match="decoder layer 2 .*Qwen3DecoderLayer.*extra_norm"):
+        AttnResForCausalLM(AttnResConfig(backbone_config=tiny_config("qwen3")))
+
+
+def test_backbone_alone_says_how_to_call_it() -> None:
+    model = retrofit(tiny_model("qwen3"))
+    with pytest.raises(AttnResError, match="call the model"):
+        model.backbone(random_tokens())
+
+
+def test_the_original_class_is_left_alone() -> None:
+    backbone = tiny_model("qwen3")
+    before = backbone(random_tokens()).logits
+    retrofit(backbone, random_queries=True)
+    assert type(backbone.model.layers[0]).__name__ == "Qwen3DecoderLayer"
+    assert torch.equal(backbone(random_tokens()).logits, before)
+    assert torch.equal(tiny_model("qwen3")(random_tokens()).logits, before)
