@@ -68,9 +68,7 @@ def convert(
     verify: Annotated[
         Verify, typer.Option(help="Compare the whole model, its first layers (if it does not fit), or nothing.")
     ] = Verify.full,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at DESTINATION.")] = False,
 ) -> None:
     """Make an AttnRes checkpoint of an existing one, without changing what it computes."""

@@ -26,6 +26,9 @@ MIXES = ("mean", "sum")
 DEPTH_ATTENTION_IMPLEMENTATIONS = ("eager",)
 DEFAULT_NUM_BLOCKS = 8
 
+# False in the copy of this file that travels with a checkpoint: the library registers that one itself, if it is trusted.
+IS_INSTALLED = __package__ == "attnres"
+
 
 class AttnResError(ValueError):
     """Root of all errors of this package: says what was wrong, where, and what to do."""
@@ -107,10 +110,8 @@ class AttnResConfig(PreTrainedConfig):
         }
         super().__post_init__(**kwargs)
         self.validate_depth_attention()
-        if __package__ == "attnres":
-            # Whoever holds a configuration may ask the Auto classes for its model: have the models registered by now.
-            # (Not at `import attnres`, which is not to import torch.)
-            import_module("attnres.modeling_attnres")
+        if IS_INSTALLED:  # whoever holds a configuration may ask the Auto classes for its model
+            import_module(f"{__package__}.modeling_attnres")
 
     # -- depth ---------------------------------------------------------------------------------------------------------
 
@@ -237,5 +238,7 @@ def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 AttnResConfig.register_for_auto_class()
+if IS_INSTALLED:
+    AutoConfig.register(AttnResConfig.model_type, AttnResConfig, exist_ok=True)
 
 __all__ = ["AttnResConfig", "AttnResConfigError", "AttnResError"]

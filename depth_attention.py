@@ -198,7 +198,5 @@ def read(
         state = state._replace(
             phase_one=implementation.open_block(block_queries, state.sources, config.mix, config.key_norm_eps)
         )
-    hidden_states = implementation.read(
-        queries[num_written], state, index_in_block, config.mix, config.key_norm_eps
-    )
+    hidden_states = implementation.read(queries[num_written], state, index_in_block, config.mix, config.key_norm_eps)
     return hidden_states, state

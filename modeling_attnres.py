@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_attnres import AttnResConfig, AttnResError
+from .configuration_attnres import IS_INSTALLED, AttnResConfig, AttnResError
 from .depth_attention import DepthAttention, DepthState, depth_weights, read
 
 
@@ -173,7 +173,7 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         return _new_decoder_layer, (type(self).__bases__[1],), self.__dict__
 
 
-@lru_cache(maxsize=None)
+@cache
 def _decoder_layer_class(layer_class: type[nn.Module]) -> type[AttnResDecoderLayer]:
     """The re-wired subclass of a backbone's decoder layer class. Being a subclass, it is still what the backbone looks
     for by type when it records outputs or initialises weights."""
@@ -439,9 +439,10 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
-AutoModel.register(AttnResConfig, AttnResModel, exist_ok=True)
-AutoModelForCausalLM.register(AttnResConfig, AttnResForCausalLM, exist_ok=True)
 AttnResModel.register_for_auto_class("AutoModel")
 AttnResForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+if IS_INSTALLED:
+    AutoModel.register(AttnResConfig, AttnResModel, exist_ok=True)
+    AutoModelForCausalLM.register(AttnResConfig, AttnResForCausalLM, exist_ok=True)
 
 __all__ = ["AttnResForCausalLM", "AttnResModel", "AttnResPreTrainedModel", "UnsupportedBackboneError"]

@@ -218,6 +218,7 @@ def _write_depth_shard(source: Source, config: AttnResConfig, stage: Path) -> in
         f"{DEPTH_PREFIX}query": torch.zeros(shape, dtype=dtype),
     }
     save_file(tensors, stage / DEPTH_SHARD, metadata={"format": "pt"})
+    (stage / DEPTH_SHARD).chmod(0o666 & ~_umask())  # safetensors makes private files
     return (stage / DEPTH_SHARD).stat().st_size
 
 

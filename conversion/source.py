@@ -123,7 +123,9 @@ def _find(source: str | Path, revision: str | None) -> Path:
     if path.exists():
         raise ConversionError(f"source {str(source)!r} is a file; give the directory of a checkpoint, or a Hub id.")
     if path.is_absolute() or len(path.parts) > 2 or str(source).startswith((".", "~")):
-        raise ConversionError(f"source {str(source)!r} does not exist; give the directory of a checkpoint, or a Hub id.")
+        raise ConversionError(
+            f"source {str(source)!r} does not exist; give the directory of a checkpoint, or a Hub id."
+        )
     try:
         patterns = ["config.json", "*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *COMPANIONS]
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))

@@ -11,6 +11,7 @@ import psutil
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..configuration_attnres import AttnResConfig, AttnResError
 from ..modeling_attnres import AttnResForCausalLM
@@ -99,7 +100,10 @@ def compare(source: Source, converted: Path, config: AttnResConfig, mode: str) -
         tokens=sum(ids.shape[1] for ids in sequences),
         largest_logit=max(logits.abs().max().item() for logits in expected),
         largest_logit_difference=max((a - b).abs().max().item() for a, b in zip(expected, actual)),
-        greedy_agreement=torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(expected, actual)]).float().mean().item(),
+        greedy_agreement=torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(expected, actual)])
+        .float()
+        .mean()
+        .item(),
     )
     allowed = TOLERANCE * max(1.0, measured.largest_logit)
     if not measured.largest_logit_difference <= allowed:  # also true for NaN
@@ -167,17 +171,20 @@ def _check_depth_tensors(converted: Path, config: AttnResConfig) -> None:
 
 
 def _load(model_class: Any, directory: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a truncated model finds tensors it has no use for, and fewer reads
     try:
         model, info = model_class.from_pretrained(
             directory,
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
-            # a truncated model has fewer reads
             ignore_mismatched_sizes=True,
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ConversionError(f"{directory} cannot be loaded: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     if missing := sorted(info["missing_keys"]):
         raise ConversionError(f"{directory} lacks {len(missing)} tensors its config asks for, first {missing[0]!r}.")
     mismatched = sorted(str(key) for key in info["mismatched_keys"] if DEPTH_PREFIX not in str(key))

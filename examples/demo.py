@@ -9,8 +9,10 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
+from rich.syntax import Syntax
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from ..configuration_attnres import AttnResError
 from ..conversion import convert
@@ -19,19 +21,19 @@ from ..conversion.converter import report_table
 CHECKPOINT = Path(__file__).resolve().parent / "tiny-qwen3"
 MARK = ".attnres-demo"
 PROMPTS = (
-    "import os\nimport sys\n\ndef main(",
-    "class Queue:\n    def __init__(self, maxsize=0):\n",
+    "class TestParser(unittest.TestCase):\n    def",
     "    def test_close(self):\n        with self.assertRaises(",
+    "def read_file(path):\n    try:\n",
 )
 
 
-def run(output: Path, console: Console, max_new_tokens: int = 40) -> Path:
+def run(output: Path, console: Console, max_new_tokens: int = 48) -> Path:
     """Converts `tiny-qwen3`, verifies it, and generates from original and converted side by side.
 
     Args:
         output (`Path`): directory to write to; one that an earlier run made is made anew.
         console (`Console`): where to print.
-        max_new_tokens (`int`, *optional*, defaults to 40): length of each continuation.
+        max_new_tokens (`int`, *optional*, defaults to 48): length of each continuation.
 
     Returns:
         `Path`: the converted checkpoint.
@@ -47,6 +49,7 @@ def run(output: Path, console: Console, max_new_tokens: int = 40) -> Path:
     (output / MARK).touch()
     converted = output / "tiny-qwen3-attnres"
 
+    logging.disable_progress_bar()
     console.rule("1. Convert")
     console.print("examples/tiny-qwen3 is a Qwen3 of 8 layers, trained on the Python standard library.")
     console.print(report_table(convert(CHECKPOINT, converted, num_blocks=8, progress=True)))
@@ -58,21 +61,23 @@ def run(output: Path, console: Console, max_new_tokens: int = 40) -> Path:
     same = 0
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
-        texts = [
-            tokenizer.decode(model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0])
+        tokens = [
+            model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.2)[0]
             for model in (original, attnres)
         ]
-        same += texts[0] == texts[1]
+        same += torch.equal(*tokens)
         table = Table("Qwen3", "Qwen3 with Attention Residuals", expand=True)
-        table.add_row(*(escape(text) for text in texts))
+        table.add_row(*(Syntax(tokenizer.decode(ids), "python", background_color="default") for ids in tokens))
         console.print(table)
     console.print(f"{same} of {len(PROMPTS)} continuations are the same, token for token.")
 
     console.rule("3. Where it is, and what next")
-    console.print(f"The converted checkpoint: [bold]{escape(str(converted))}[/], with attnres_conversion.json beside it.")
+    console.print(
+        f"The converted checkpoint: [bold]{escape(str(converted))}[/], with attnres_conversion.json beside it."
+    )
     commands = (
         "attnres convert Qwen/Qwen3-0.6B Qwen3-0.6B-AttnRes --num-blocks 8",
-        'python -c "from transformers import pipeline; print(pipeline(\'text-generation\', '
+        "python -c \"from transformers import pipeline; print(pipeline('text-generation', "
         "'Qwen3-0.6B-AttnRes', trust_remote_code=True)('Attention over depth'))\"",
         "hf upload YOUR-NAME/Qwen3-0.6B-AttnRes Qwen3-0.6B-AttnRes",
     )

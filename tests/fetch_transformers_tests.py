@@ -1,6 +1,6 @@
 """Fetches the tests of the installed transformers release: they are in its source distribution, not in its wheel.
 
-    python tests/fetch_transformers_tests.py      # prints the directory, `.cache/transformers-VERSION/tests`
+python tests/fetch_transformers_tests.py      # prints the directory, `.cache/transformers-VERSION/tests`
 """
 
 from __future__ import annotations

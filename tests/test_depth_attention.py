@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attnres import AttnResConfig, DepthAttention
+from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, DepthState, depth_weights, read
 from reference import ReferenceModel
 from reference import read as reference_read
 from tiny import FAMILIES, random_tokens, retrofit, tiny_model
-
-from attnres import AttnResConfig, DepthAttention
-from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, DepthState, depth_weights, read
 
 IMPLEMENTATIONS = sorted(DEPTH_ATTENTION_FUNCTIONS)
 HIDDEN = 24

@@ -16,12 +16,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from attnres import AttnResConfig, AttnResForCausalLM, AttnResModel
 from fetch_transformers_tests import DIRECTORY
 from tiny import tiny_config
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
-
-from attnres import AttnResConfig, AttnResForCausalLM, AttnResModel
 
 if not DIRECTORY.is_dir():
     pytest.skip(f"{DIRECTORY} is missing: run `python tests/fetch_transformers_tests.py`", allow_module_level=True)
@@ -38,7 +37,10 @@ NOT_RUN_WITHOUT_EXPERTS = "test_eager_matches_batched_and_grouped_inference"
 
 def load_common_tests() -> types.ModuleType:
     """Imports `test_modeling_common`; two mixins it inherits from are not in the source distribution."""
-    for name, mixin in (("exporters.test_export", "ExportTesterMixin"), ("generation.test_utils", "GenerationTesterMixin")):
+    for name, mixin in (
+        ("exporters.test_export", "ExportTesterMixin"),
+        ("generation.test_utils", "GenerationTesterMixin"),
+    ):
         package = name.split(".")[0]
         sys.modules[f"transformers_tests.{package}"] = types.ModuleType(f"transformers_tests.{package}")
         module = types.ModuleType(f"transformers_tests.{name}")
