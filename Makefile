@@ -25,7 +25,8 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	mkdir -p .cache/typecheck && ln -sfn ../.. .cache/typecheck/attnres
+	MYPYPATH=.cache/typecheck $(BIN)/mypy
 
 clean:
 	rm -rf .venv .cache demo-output build *.egg-info

@@ -26,7 +26,7 @@ MIXES = ("mean", "sum")
 DEPTH_ATTENTION_IMPLEMENTATIONS = ("eager",)
 DEFAULT_NUM_BLOCKS = 8
 
-# False in the copy of this file that travels with a checkpoint: the library registers that one itself, if it is trusted.
+# False in the copy of this file that travels with a checkpoint: that one the library registers, if it is trusted.
 IS_INSTALLED = __package__ == "attnres"
 
 
@@ -88,13 +88,14 @@ class AttnResConfig(PreTrainedConfig):
     has_no_defaults_at_init = True  # there is no default decoder
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    backbone_config: PreTrainedConfig | dict | str | None = None
-    block_size: int | None = None
+    # Typed as what they are once the configuration is made; `None` stands for "not given".
+    backbone_config: PreTrainedConfig = None  # type: ignore[assignment]
+    block_size: int = None  # type: ignore[assignment]
     mix: str = "mean"
     key_norm_eps: float = 1e-6
     depth_attention_implementation: str = "eager"
 
-    def __post_init__(self, num_blocks: int | None = None, **kwargs: Any):
+    def __post_init__(self, num_blocks: int | None = None, **kwargs: Any) -> None:
         self.backbone_config = _resolve_backbone_config(self.backbone_config)
         if self.block_size is not None and num_blocks is not None:
             raise AttnResConfigError(
@@ -131,7 +132,7 @@ class AttnResConfig(PreTrainedConfig):
         return -(-self.num_sublayers // self.block_size)
 
     @num_blocks.setter
-    def num_blocks(self, num_blocks: int):
+    def num_blocks(self, num_blocks: int) -> None:
         _check_range("num_blocks", num_blocks, 1, self.num_sublayers, "sublayers of the backbone")
         self.block_size = -(-self.num_sublayers // num_blocks)
 
@@ -166,7 +167,7 @@ class AttnResConfig(PreTrainedConfig):
         output["backbone_config"].pop("transformers_version", None)
         return output
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         self.validate_depth_attention()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 

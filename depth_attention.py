@@ -93,9 +93,9 @@ class DepthAttention(nn.Module):
     def forward(self) -> torch.Tensor:
         """Returns the folded queries `w * g`, `[reads, hidden]` in float32.
 
-        `w . (v / rms(v) * g) = (w * g) . v / rms(v)`, so no read ever needs the two apart. Taken once per forward of the
-        model and handed to the layers: the parameters are then read inside this module alone, which is what sharded and
-        offloaded parameters (FSDP, ZeRO, `device_map`) require.
+        `w . (v / rms(v) * g) = (w * g) . v / rms(v)`, so no read ever needs the two apart. Taken once per forward of
+        the model and handed to the layers: the parameters are then read inside this module alone, which is what sharded
+        and offloaded parameters (FSDP, ZeRO, `device_map`) require.
         """
         return self.query.float() * self.key_norm.float()
 

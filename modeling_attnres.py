@@ -14,10 +14,10 @@
 """Attention Residuals (AttnRes, arXiv 2603.15031) over any decoder of Transformers.
 
 The decoder, the *backbone*, is the library's own model, built by its Auto class and run by its own forward: attention,
-experts, masks, caches, head, losses and parallel plans stay what they are. Only its decoder layers are re-wired, so that
-each sublayer reads its input from depth and writes its output to depth, where it used to add to one stream.
+experts, masks, caches, head, losses and parallel plans stay what they are. Only its decoder layers are re-wired, so
+that each sublayer reads its input from depth and writes its output to depth, where it used to add to one stream.
 
-    tokens -> embedding -> [read -> norm -> mixer -> write, read -> norm -> MLP -> write] x L_b -> read -> final norm -> head
+    embedding -> [read -> norm -> mixer -> write, read -> norm -> MLP -> write] x L_b -> read -> final norm -> head
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _decoder_layer_class(layer_class: type[nn.Module]) -> type[AttnResDecoderLay
 
 
 def _new_decoder_layer(layer_class: type[nn.Module]) -> AttnResDecoderLayer:
-    return object.__new__(_decoder_layer_class(layer_class))
+    return object.__new__(_decoder_layer_class(layer_class))  # type: ignore[arg-type]
 
 
 def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
@@ -194,7 +194,8 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
     sublayers = DECODER_LAYERS[config.backbone_config.model_type]
     expected = {name for sublayer in sublayers for name in sublayer if name is not None}
     renamed: dict[str, str] = {}
-    for index, layer in enumerate(backbone.base_model.layers):
+    layers: Any = backbone.base_model.layers
+    for index, layer in enumerate(layers):
         if (found := {name for name, _ in layer.named_children()}) != expected:
             raise UnsupportedBackboneError(
                 f"decoder layer {index} of backbone {type(backbone).__name__} is a {type(layer).__name__} with the "
@@ -202,7 +203,7 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
             )
         mixer = inspect.signature(getattr(layer, sublayers[0].module).forward).parameters
         renamed[type(layer).__name__] = f"AttnRes{type(layer).__name__}"
-        layer.__class__ = _decoder_layer_class(type(layer))
+        layer.__class__ = _decoder_layer_class(type(layer))  # type: ignore[arg-type]
         layer.attnres_config = config
         layer.sublayers = sublayers
         layer.first_sublayer = index * len(sublayers)
@@ -224,7 +225,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
 
-    backbone: PreTrainedModel
+    backbone: Any  # a `PreTrainedModel`, with what its architecture adds
     depth_attention: DepthAttention
 
     def __init__(self, config: AttnResConfig, auto_class: Any):
@@ -240,11 +241,11 @@ class AttnResPreTrainedModel(PreTrainedModel):
         return True  # the library looks for experts in the source of this module; they are the backbone's
 
     @property
-    def _can_compile_fullgraph(self) -> bool:
+    def _can_compile_fullgraph(self) -> bool:  # type: ignore[override]
         return self.backbone._can_compile_fullgraph
 
     @property
-    def _is_stateful(self) -> bool:
+    def _is_stateful(self) -> bool:  # type: ignore[override]
         return self.backbone._is_stateful
 
     @torch.no_grad()

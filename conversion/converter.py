@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import filesize
@@ -114,13 +115,13 @@ def convert(
     _check_destination(target, overwrite)
     checkpoint = open_source(os.fspath(source), revision)
     _check_apart(checkpoint.directory, target)
+    depth: dict[str, Any] = {"block_size": block_size, "num_blocks": num_blocks}
     config = AttnResConfig(
         backbone_config=checkpoint.config,
-        block_size=block_size,
-        num_blocks=num_blocks,
         mix=mix,
         dtype=checkpoint.config.dtype,
         architectures=["AttnResForCausalLM"],
+        **depth,
     )
 
     with _staging(target) as stage:

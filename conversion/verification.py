@@ -32,7 +32,7 @@ TEXTS = (
     "    return quicksort(left) + [pivot] + quicksort(right)\n",
     "In 1869 Mendeleev ordered sixty-three elements by weight and left gaps: gallium (1875), scandium (1879) and "
     "germanium (1886) filled three of them. 3 + 4 * 12 = 51, and 2^10 = 1024.",
-    "Le vent se lève, il faut tenter de vivre. Der Mond ist aufgegangen. 海内存知己，天涯若比邻。Привет, мир! ¿Qué hora es?",
+    "Le train part à huit heures. Der Zug kommt um neun an. 火车十点到站，请准时上车。Поезд опаздывает. ¿A qué hora?",
 )
 
 
@@ -75,7 +75,7 @@ def compare(source: Source, converted: Path, config: AttnResConfig, mode: str) -
         ConversionError: the model does not fit in memory; nothing was compared.
         VerificationError: tensors are missing, or the two differ by more than rounding.
     """
-    num_layers = config.num_hidden_layers
+    num_layers: int = config.num_hidden_layers
     if mode == "sample":
         num_layers = min(num_layers, _sample_layers(config))
     else:
@@ -93,17 +93,15 @@ def compare(source: Source, converted: Path, config: AttnResConfig, mode: str) -
     actual = [result(input_ids=ids).logits[0] for ids in sequences]
     del result
 
+    pairs = list(zip(expected, actual))
     measured = Verification(
         mode=mode,
         num_hidden_layers=num_layers,
         sequences=len(sequences),
         tokens=sum(ids.shape[1] for ids in sequences),
         largest_logit=max(logits.abs().max().item() for logits in expected),
-        largest_logit_difference=max((a - b).abs().max().item() for a, b in zip(expected, actual)),
-        greedy_agreement=torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(expected, actual)])
-        .float()
-        .mean()
-        .item(),
+        largest_logit_difference=max((a - b).abs().max().item() for a, b in pairs),
+        greedy_agreement=torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs]).float().mean().item(),
     )
     allowed = TOLERANCE * max(1.0, measured.largest_logit)
     if not measured.largest_logit_difference <= allowed:  # also true for NaN
@@ -155,7 +153,7 @@ def _token_sequences(source: Source) -> list[torch.Tensor]:
         sequences = [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in TEXTS]
         if (largest := max(max(ids) for ids in sequences)) >= vocab_size:
             raise ConversionError(
-                f"the tokenizer of {source.directory} gives token {largest}, but config.json has vocab_size={vocab_size}."
+                f"the tokenizer of {source.directory} gives token {largest}, config.json says vocab_size={vocab_size}."
             )
         return [torch.tensor([ids]) for ids in sequences]
     generator = torch.Generator().manual_seed(0)

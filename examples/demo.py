@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -56,8 +57,8 @@ def run(output: Path, console: Console, max_new_tokens: int = 48) -> Path:
 
     console.rule("2. Generate from both")
     tokenizer = AutoTokenizer.from_pretrained(converted)
-    original = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
-    attnres = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32, trust_remote_code=True)
+    original: Any = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    attnres: Any = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32, trust_remote_code=True)
     same = 0
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -67,7 +68,7 @@ def run(output: Path, console: Console, max_new_tokens: int = 48) -> Path:
         ]
         same += torch.equal(*tokens)
         table = Table("Qwen3", "Qwen3 with Attention Residuals", expand=True)
-        table.add_row(*(Syntax(tokenizer.decode(ids), "python", background_color="default") for ids in tokens))
+        table.add_row(*(Syntax(str(tokenizer.decode(ids)), "python", background_color="default") for ids in tokens))
         console.print(table)
     console.print(f"{same} of {len(PROMPTS)} continuations are the same, token for token.")
 

@@ -183,7 +183,7 @@ def main() -> None:
     trainer.train()
     seconds = time.perf_counter() - started
 
-    model.to(torch.bfloat16).save_pretrained(arguments.destination)
+    model.bfloat16().save_pretrained(arguments.destination)
     tokenizer.save_pretrained(arguments.destination)
     report = {
         "seed": SEED,

@@ -27,7 +27,7 @@ def files_of(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
-# -- lossless retrofit ---------------------------------------------------------------------------------------------------
+# -- lossless retrofit -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 8])
@@ -88,7 +88,7 @@ def test_plain_checkpoint_can_be_retrofitted_while_loading(tmp_path: Path) -> No
         torch.testing.assert_close(model.eval()(input_ids).logits, backbone(input_ids).logits, atol=2e-6, rtol=1e-5)
 
 
-# -- outputs -------------------------------------------------------------------------------------------------------------
+# -- outputs -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 8])
@@ -171,7 +171,7 @@ def test_attention_implementations(implementation: str, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits, atol=1e-5, rtol=1e-4)
 
 
-# -- training ------------------------------------------------------------------------------------------------------------
+# -- training ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -246,7 +246,7 @@ def test_lora_beside_trained_depth_attention() -> None:
     assert not any("embed_tokens" in name for name in trained)
 
 
-# -- saving and loading --------------------------------------------------------------------------------------------------
+# -- saving and loading ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -362,7 +362,7 @@ def test_meta_device() -> None:
     assert all(p.device.type == "meta" for p in model.parameters())
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def test_unknown_family_is_refused_by_name() -> None:
