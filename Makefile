@@ -2,16 +2,18 @@
 # make test   the tests
 # make lint   ruff and mypy
 
-PYTHON ?= python3
+# The first of these that is new enough.
+PYTHONS := python3 python3.13 python3.12 python3.11
+PYTHON ?= $(firstword $(foreach p,$(PYTHONS),$(shell $(p) -c "import sys; sys.version_info < (3, 11) or print('$(p)')" 2>&-)))
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test lint clean
 
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'Python 3.10 or newer is needed'"
+	$(if $(PYTHON),,$(error Python 3.11 or newer is needed, as transformers 5.23 does; name one: make PYTHON=...))
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -26,12 +26,12 @@ error_console = Console(stderr=True)
 state = {"debug": False}
 
 
-class Mix(str, Enum):
+class Mix(StrEnum):
     sum = "sum"
     mean = "mean"
 
 
-class Verify(str, Enum):
+class Verify(StrEnum):
     full = "full"
     sample = "sample"
     none = "none"

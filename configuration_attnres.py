@@ -19,11 +19,13 @@ import os
 from importlib import import_module
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 MIXES = ("mean", "sum")
 DEPTH_ATTENTION_IMPLEMENTATIONS = ("eager",)
+DEPTH_FIELDS = ("block_size", "num_blocks", "mix", "key_norm_eps", "depth_attention_implementation")
 DEFAULT_NUM_BLOCKS = 8
 
 # False in the copy of this file that travels with a checkpoint: that one the library registers, if it is trusted.
@@ -157,9 +159,11 @@ class AttnResConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             config_dict = {"backbone_config": config_dict, "mix": "sum", "dtype": config_dict.get("dtype")}
-            if kwargs.get("block_size") is None:
-                config_dict["num_blocks"] = kwargs.pop("num_blocks", None)
-        return super().from_dict(config_dict, **kwargs)
+        # Arguments that override a depth field are checked together with the rest of the configuration.
+        overrides = {name: kwargs.pop(name) for name in DEPTH_FIELDS if kwargs.get(name) is not None}
+        if "block_size" in overrides or "num_blocks" in overrides:
+            config_dict = {name: value for name, value in config_dict.items() if name != "block_size"}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         output = super().to_diff_dict()
@@ -195,7 +199,7 @@ def _resolve_backbone_config(backbone_config: Any) -> PreTrainedConfig:
     if isinstance(backbone_config, (str, os.PathLike)):
         try:
             backbone_config = AutoConfig.from_pretrained(backbone_config)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
             raise AttnResConfigError(
                 f"backbone_config={str(backbone_config)!r} is neither a directory with a readable config.json nor a "
                 f"Hub id that can be reached: {error}"
@@ -203,7 +207,7 @@ def _resolve_backbone_config(backbone_config: Any) -> PreTrainedConfig:
     elif isinstance(backbone_config, dict):
         try:
             backbone_config = AutoConfig.for_model(**backbone_config)
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
             raise AttnResConfigError(
                 f"backbone_config is a dict that makes no configuration (model_type="
                 f"{backbone_config.get('model_type')!r}): {error}"

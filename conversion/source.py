@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -170,7 +170,7 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         )
     try:
         return AutoConfig.from_pretrained(directory)
-    except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ConversionError(f"{config_file} makes no {model_type} configuration: {error}") from error
 
 

@@ -94,5 +94,5 @@ def randomize(model: Any, seed: int = 1) -> None:
     """Gives every read a query and a key norm of its own, large enough that depth weights are far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     depth = model.depth_attention
-    depth.query.copy_(torch.randn(depth.query.shape, generator=generator) * 0.5)
+    depth.query.copy_(torch.randn(depth.query.shape, generator=generator) * 0.3)
     depth.key_norm.copy_(1 + 0.3 * torch.randn(depth.key_norm.shape, generator=generator))

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import attnres
+import pytest
+from attnres.cli import main
+from attnres.conversion import ConversionError
+from tiny import tiny_model
+
+COMMANDS = ("convert", "demo")
+
+
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Runs the command in this process (the imports take seconds), in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["attnres", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return Result(int(stopped.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    tiny_model("qwen3").save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def test_installed_command() -> None:
+    command = Path(sys.executable).with_name("attnres")
+    result = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    assert all(name in result.stdout for name in COMMANDS)
+
+
+def test_version(run: Callable[..., Result]) -> None:
+    assert run("--version").stdout.strip() == f"attnres {attnres.__version__}"
+
+
+def test_convert(source: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    result = run("convert", "source", "converted", "--block-size", "3", "--mix", "mean")
+    assert result.returncode == 0, result.stderr
+    for text in ("qwen3", "mix mean", "3 of 3 sublayers", "Greedy tokens equal", "100.0%", "trust_remote_code=True"):
+        assert text in result.stdout
+    report = json.loads((tmp_path / "converted" / "attnres_conversion.json").read_text())
+    assert (report["block_size"], report["mix"], report["source"]) == (3, "mean", "source")
+
+
+def test_full(source: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    assert run("convert", "source", "converted", "--full", "--verify", "none").returncode == 0
+    assert json.loads((tmp_path / "converted" / "config.json").read_text())["block_size"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "nowhere/at/all", "converted"], "does not exist"),
+        (["convert", "source", "converted", "--num-blocks", "99"], "num_blocks=99"),
+        (["convert", "source", "converted", "--full", "--num-blocks", "2"], "--full stands for --block-size 1"),
+        (["convert", "source", "source"], "exists; choose another"),
+        (["demo", "--output", "source"], "was not made by the demo"),
+    ],
+)
+def test_errors_are_messages(source: Path, run: Callable[..., Result], arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert message in re.sub(r"\s+", " ", result.stderr)
+
+
+def test_debug_shows_the_traceback(run: Callable[..., Result]) -> None:
+    with pytest.raises(ConversionError):
+        run("--debug", "convert", "nowhere/at/all", "converted")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["convert"], ["convert", "a"], ["nonsense"], ["convert", "a", "b", "--mix", "x"]]
+)
+def test_wrong_usage(run: Callable[..., Result], arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert "Usage" in result.stderr
+
+
+def test_demo_twice(tmp_path: Path, run: Callable[..., Result]) -> None:
+    for _ in range(2):
+        result = run("demo", "--output", "demo")
+        assert result.returncode == 0, result.stderr
+        assert "3 of 3 continuations are the same" in result.stdout
+        assert (tmp_path / "demo" / "tiny-qwen3-attnres" / "model-attnres.safetensors").is_file()
