@@ -56,18 +56,29 @@ def test_mean_is_lossless_behind_an_rmsnorm(family: str) -> None:
     assert difference.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "kimi_linear"])
-def test_bfloat16_is_no_further_from_float32_than_the_original(family: str) -> None:
-    backbone = tiny_model(family, num_hidden_layers=8, **layer_types(family, 8))
-    input_ids = random_tokens(batch=16, length=32)
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "models", "batch", "length"),
+    [("qwen3_moe", 20, 32, 32), ("deepseek_v3", 20, 32, 32), ("kimi_linear", 4, 16, 24)],
+)
+def test_bfloat16_is_no_further_from_float32_than_the_original(
+    family: str, models: int, batch: int, length: int
+) -> None:
+    """The sum over several models: in one, a few tokens that change experts decide, and the ratio is from 0.6 to 1.7."""
 
-    def divergence(model: PreTrainedModel) -> float:
-        with torch.no_grad():
-            expected = backbone(input_ids).logits.double().log_softmax(-1)
-            actual = copy.deepcopy(model).bfloat16()(input_ids).logits.double().log_softmax(-1)
+    def divergence(model: PreTrainedModel, expected: torch.Tensor, input_ids: torch.Tensor) -> float:
+        actual = copy.deepcopy(model).bfloat16()(input_ids).logits.double().log_softmax(-1)
         return (expected.exp() * (expected - actual)).sum(-1).mean().item()
 
-    assert divergence(retrofit(backbone, num_blocks=8)) <= 1.1 * divergence(backbone)
+    ours = originals = 0.0
+    for seed in range(models):
+        backbone = tiny_model(family, seed, num_hidden_layers=8, **layer_types(family, 8))
+        input_ids = random_tokens(batch, length, seed)
+        expected = backbone(input_ids).logits.double().log_softmax(-1)
+        ours += divergence(retrofit(backbone, num_blocks=8), expected, input_ids)
+        originals += divergence(backbone, expected, input_ids)
+    print(f"KL to float32, {family}: {ours / models:.3e} converted, {originals / models:.3e} original")
+    assert ours <= 1.1 * originals
 
 
 def layer_types(family: str, count: int) -> dict[str, Any]:
