@@ -59,12 +59,12 @@ def test_mean_is_lossless_behind_an_rmsnorm(family: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "models", "batch", "length"),
-    [("qwen3_moe", 20, 32, 32), ("deepseek_v3", 20, 32, 32), ("kimi_linear", 4, 16, 24)],
+    [("qwen3_moe", 20, 32, 32), ("deepseek_v3", 20, 32, 32), ("kimi_linear", 8, 16, 24)],
 )
 def test_bfloat16_is_no_further_from_float32_than_the_original(
     family: str, models: int, batch: int, length: int
 ) -> None:
-    """The sum over several models: in one, a few tokens that change experts decide, and the ratio is from 0.6 to 1.7."""
+    """Summed over several models: in one, the few tokens that change experts decide, and the ratio varies by half."""
 
     def divergence(model: PreTrainedModel, expected: torch.Tensor, input_ids: torch.Tensor) -> float:
         actual = copy.deepcopy(model).bfloat16()(input_ids).logits.double().log_softmax(-1)
