@@ -26,6 +26,7 @@ from transformers.configuration_utils import SubConfigSpec
 MIXES = ("mean", "sum")
 DEPTH_ATTENTION_IMPLEMENTATIONS = ("eager",)
 DEPTH_FIELDS = ("block_size", "num_blocks", "mix", "key_norm_eps", "depth_attention_implementation")
+OWN_FIELDS = ("auto_map", "quantization_config")  # a backbone may have them too, but the loader looks for them here
 DEFAULT_NUM_BLOCKS = 8
 
 # False in the copy of this file that travels with a checkpoint: that one the library registers, if it is trusted.
@@ -105,13 +106,19 @@ class AttnResConfig(PreTrainedConfig):
             )
         if self.block_size is None:
             self.num_blocks = min(DEFAULT_NUM_BLOCKS, self.num_sublayers) if num_blocks is None else num_blocks
+        # What belongs to the backbone is set there, not beside it.
+        for name in [name for name in kwargs if self._is_backbone_field(name)]:
+            setattr(self.backbone_config, name, kwargs.pop(name))
         # What a checkpoint on disk needs to be loaded by `trust_remote_code`, whichever class saved it.
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_attnres.AttnResConfig",
             "AutoModel": "modeling_attnres.AttnResModel",
             "AutoModelForCausalLM": "modeling_attnres.AttnResForCausalLM",
         }
-        super().__post_init__(**kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except (AttributeError, TypeError) as error:
+            raise AttnResConfigError(f"the configuration cannot be made: {error}.") from error
         self.validate_depth_attention()
         if IS_INSTALLED:  # whoever holds a configuration may ask the Auto classes for its model
             import_module(f"{__package__}.modeling_attnres")
@@ -159,8 +166,9 @@ class AttnResConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             config_dict = {"backbone_config": config_dict, "mix": "sum", "dtype": config_dict.get("dtype")}
-        # Arguments that override a depth field are checked together with the rest of the configuration.
-        overrides = {name: kwargs.pop(name) for name in DEPTH_FIELDS if kwargs.get(name) is not None}
+        # Arguments that override a depth field are checked together with the rest; `None` overrides nothing.
+        given = {name: kwargs.pop(name) for name in DEPTH_FIELDS if name in kwargs}
+        overrides = {name: value for name, value in given.items() if value is not None}
         if "block_size" in overrides or "num_blocks" in overrides:
             config_dict = {name: value for name, value in config_dict.items() if name != "block_size"}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
@@ -183,11 +191,14 @@ class AttnResConfig(PreTrainedConfig):
         return getattr(self.backbone_config, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        is_own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
-        if not is_own and self.__dict__.get("_post_init_done", False) and hasattr(self.backbone_config, name):
+        if self.__dict__.get("_post_init_done", False) and self._is_backbone_field(name):
             setattr(self.backbone_config, name, value)
         else:
             super().__setattr__(name, value)
+
+    def _is_backbone_field(self, name: str) -> bool:
+        is_own = name.startswith("_") or name in OWN_FIELDS or name in self.__dict__ or hasattr(type(self), name)
+        return not is_own and hasattr(self.backbone_config, name)
 
 
 def _resolve_backbone_config(backbone_config: Any) -> PreTrainedConfig:

@@ -20,7 +20,7 @@ The tensors are named and shaped as everywhere in this package:
     w                 folded query of one read, `[hidden]`, float32: pseudo-query times key-norm weight
 
 A read is `h = sum_i a_i v_i` with `a = softmax_i(w . v_i / rms(v_i))` over the sources and, if present, the partial sum
-(Eq. 2-6). Statistics, softmax and accumulation are in float32 whatever the dtype of the sources.
+(Eq. 2-6). Statistics, softmax and accumulation are in float32, or in float64 for float64 sources.
 """
 
 from __future__ import annotations
@@ -91,16 +91,21 @@ class DepthAttention(nn.Module):
         self.key_norm = nn.Parameter(torch.ones(shape))
 
     def forward(self) -> torch.Tensor:
-        """Returns the folded queries `w * g`, `[reads, hidden]` in float32.
+        """Returns the folded queries `w * g`, `[reads, hidden]`, in float32 (float64 if the parameters are).
 
         `w . (v / rms(v) * g) = (w * g) . v / rms(v)`, so no read ever needs the two apart. Taken once per forward of
         the model and handed to the layers: the parameters are then read inside this module alone, which is what sharded
         and offloaded parameters (FSDP, ZeRO, `device_map`) require.
         """
-        return self.query.float() * self.key_norm.float()
+        return upcast(self.query) * upcast(self.key_norm)
 
     def extra_repr(self) -> str:
         return "reads={}, hidden_size={}".format(*self.query.shape)
+
+
+def upcast(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the dtype that statistics and sums are taken in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def depth_weights(
@@ -115,12 +120,12 @@ def depth_weights(
         eps (`float`): epsilon of the RMSNorm on the keys.
 
     Returns:
-        `torch.Tensor`: `[batch, sequence, sources]`, float32, the partial sum last.
+        `torch.Tensor`: `[batch, sequence, sources]`, the partial sum last.
     """
     values = sources if partial_sum is None else (*sources, partial_sum)
     logits = []
     for value in values:
-        value = value.float()
+        value = upcast(value)
         inverse_rms = torch.rsqrt(value.square().mean(-1) + eps)
         logits.append((value * query).sum(-1) * inverse_rms)
     return torch.stack(logits, dim=-1).softmax(-1)
@@ -166,9 +171,9 @@ class EagerDepthAttention:
         weights = depth_weights(query, state.sources, state.partial_sum, eps)
         if mix == "sum":
             weights = weights * len(values)
-        hidden_states = torch.zeros_like(values[0], dtype=torch.float32)
+        hidden_states = torch.zeros_like(upcast(values[0]))
         for weight, value in zip(weights.unbind(-1), values):
-            hidden_states = hidden_states + weight.unsqueeze(-1) * value.float()
+            hidden_states = hidden_states + weight.unsqueeze(-1) * upcast(value)
         return hidden_states.to(values[0].dtype)
 
 

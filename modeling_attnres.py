@@ -229,6 +229,13 @@ class AttnResPreTrainedModel(PreTrainedModel):
     depth_attention: DepthAttention
 
     def __init__(self, config: AttnResConfig, auto_class: Any):
+        # By name: the copies of the class that come with checkpoints are other classes.
+        if getattr(config, "model_type", None) != AttnResConfig.model_type:
+            raise AttnResError(
+                f"{type(self).__name__} needs an AttnResConfig, not a {type(config).__name__}; make one with "
+                "AttnResConfig(backbone_config=...)."
+            )
+        config.validate_depth_attention()
         super().__init__(config)
         check_supported(config.backbone_config.model_type)
         self.backbone = auto_class.from_config(config.backbone_config)
@@ -381,9 +388,6 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.backbone.set_output_embeddings(new_embeddings)
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -7,15 +7,15 @@ hard-linked, or copied where a link is not possible, and `model-attnres.safetens
 from __future__ import annotations
 
 import fcntl
-import glob
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from rich import filesize
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors.torch import save_file
@@ -33,11 +34,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from .. import modeling_attnres
 from ..configuration_attnres import MIXES, AttnResConfig
 from .source import DEPTH_PREFIX, ConversionError, Source, open_source
-from .verification import VERIFICATION_MODES, Verification, compare
+from .verification import VERIFICATION_MODES, Verification, check_complete, compare
 
 DEPTH_SHARD = "model-attnres.safetensors"
 SINGLE_SHARD = "model-00001-of-00001.safetensors"  # `model.safetensors` would be loaded without looking at the index
 REPORT = "attnres_conversion.json"
+REPLACED = ".replaced"  # suffix of a checkpoint that has made way for the one that replaces it
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,16 @@ def convert(
         raise ConversionError(f"mix={mix!r} is not allowed; choose one of {', '.join(map(repr, MIXES))}.")
     if verify not in VERIFICATION_MODES:
         raise ConversionError(f"verify={verify!r} is not allowed; choose one of {', '.join(VERIFICATION_MODES)}.")
-    target = Path(destination).absolute()
-    _check_destination(target, overwrite)
-    checkpoint = open_source(os.fspath(source), revision)
-    _check_apart(checkpoint.directory, target)
+    try:
+        target = Path(destination).absolute()
+        target.resolve()  # fails for what is no path
+        _check_destination(target, overwrite)
+    except (TypeError, ValueError, OSError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(f"destination {destination!r} is no path that can be used: {error}") from error
+    checkpoint = open_source(source, revision)
+    _check_apart(checkpoint, target)
     depth: dict[str, Any] = {"block_size": block_size, "num_blocks": num_blocks}
     config = AttnResConfig(
         backbone_config=checkpoint.config,
@@ -134,6 +142,7 @@ def convert(
         for name in checkpoint.companions:
             (stage / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(checkpoint.directory / name, stage / name)
+        check_complete(checkpoint, stage)
         report = ConversionReport(
             source=checkpoint.name,
             model_type=checkpoint.config.model_type,
@@ -152,13 +161,14 @@ def convert(
             versions={name: version(name) for name in ("attnres", "torch", "transformers", "safetensors")},
         )
         (stage / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-        _deliver(stage, target)
+        _deliver(stage, target, overwrite)
     return report
 
 
 def report_table(report: ConversionReport) -> Table:
     """The report as a table for a terminal."""
-    table = Table(title=f"{report.source}: {report.model_type} with Attention Residuals", show_header=False)
+    title = f"{escape(report.source)}: {report.model_type} with Attention Residuals"
+    table = Table(title=title, show_header=False)
     kind = "Full" if report.block_size == 1 else "Block"
     table.add_row("Depth attention", f"{kind}, mix {report.mix}, {report.num_reads} reads")
     table.add_row("Blocks", f"{report.num_blocks} of {report.block_size} sublayers ({report.num_sublayers} in all)")
@@ -171,7 +181,8 @@ def report_table(report: ConversionReport) -> Table:
     else:
         seen = report.verification
         scope = "whole model" if seen.mode == "full" else f"first {seen.num_hidden_layers} decoder layers"
-        table.add_row("Verification", f"{scope}, float32, {seen.tokens} tokens in {seen.sequences} sequences")
+        what = f"{seen.tokens} tokens of {seen.tokens_from} in {seen.sequences} sequences"
+        table.add_row("Verification", f"{scope}, {seen.dtype}, {what}")
         table.add_row("Largest logit difference", f"{seen.largest_logit_difference:.2e} (of {seen.largest_logit:.1f})")
         table.add_row("Greedy tokens equal", f"{seen.greedy_agreement:.1%}")
     table.add_row("Seconds", f"{report.seconds:.1f}")
@@ -185,36 +196,40 @@ def _check_destination(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConversionError(f"destination {target} exists; choose another, or pass overwrite (--overwrite).")
-    if target.is_symlink() or not (target / "config.json").is_file():
+    is_ours = not target.is_symlink() and (target / REPORT).is_file()
+    if not is_ours or any(path.is_dir() and path.name != "additional_chat_templates" for path in target.iterdir()):
         raise ConversionError(
-            f"destination {target} exists and is not the directory of a checkpoint (it has no config.json), so it is "
-            "not overwritten; choose another, or remove it yourself."
+            f"destination {target} exists and is not, or not only, a converted checkpoint, so it is not overwritten; "
+            "choose another, or remove it yourself."
         )
 
 
-def _check_apart(source: Path, target: Path) -> None:
-    source, target = source.resolve(), target.resolve()
-    if source == target or source in target.parents or target in source.parents:
-        raise ConversionError(f"source {source} and destination {target} overlap; choose a destination elsewhere.")
+def _check_apart(source: Source, target: Path) -> None:
+    """Refuses a destination whose replacement could remove a file of the source, also through symbolic links."""
+    target = target.resolve()
+    directory = source.directory.resolve()
+    files = [(directory / name).resolve() for name in ("config.json", *source.shards, *source.companions)]
+    if directory == target or directory in target.parents or any(target in path.parents for path in files):
+        raise ConversionError(f"source {directory} and destination {target} overlap; choose a destination elsewhere.")
 
 
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     """A directory beside the destination, on the same file system, that is gone afterwards unless delivered.
 
-    It is locked while in use. One that is not locked was left by a conversion that was killed, and is removed.
+    It is locked while in use; making one, and clearing up after conversions that were killed, happens under a lock on
+    the parent directory.
     """
-    prefix = f".{target.name}.attnres-"
     try:
-        for abandoned in target.parent.glob(f"{glob.escape(prefix)}*"):
-            with _locked(abandoned) as is_ours:
-                if is_ours:
-                    shutil.rmtree(abandoned)
-        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        with _locked(target.parent, wait=True):
+            _clear_up(target)
+            stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.attnres-", dir=target.parent))
+            lock = ExitStack()
+            lock.enter_context(_locked(stage))
     except OSError as error:
         raise ConversionError(f"destination {target} cannot be written: {error}") from error
     try:
-        with _locked(stage):
+        with lock:
             yield stage
     except OSError as error:
         raise ConversionError(f"writing {target} failed: {error}. Nothing was left there.") from error
@@ -222,16 +237,30 @@ def _staging(target: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def _clear_up(target: Path) -> None:
+    """Removes staging directories that nobody holds; a checkpoint that was being replaced goes back to its place."""
+    name = re.compile(re.escape(f".{target.name}.attnres-") + r"\w{8}" + f"({re.escape(REPLACED)})?")
+    for abandoned in target.parent.iterdir():
+        if not name.fullmatch(abandoned.name) or abandoned.is_symlink() or not abandoned.is_dir():
+            continue
+        if abandoned.name.endswith(REPLACED) and not os.path.lexists(target):
+            abandoned.rename(target)
+            continue
+        with _locked(abandoned) as is_free:
+            if is_free:
+                shutil.rmtree(abandoned)
+
+
 @contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Tries to lock a directory against other processes; yields whether that worked."""
+def _locked(directory: Path, wait: bool = False) -> Iterator[bool]:
+    """Locks a directory against other processes; yields whether that worked."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        locked = True
-    except BlockingIOError:
-        locked = False
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = True
+        except OSError:  # held by another process, or a file system without locks
+            locked = False
         yield locked
     finally:
         os.close(descriptor)
@@ -295,22 +324,25 @@ def _write_config_and_code(config: AttnResConfig, stage: Path) -> None:
         shutil.copyfile(path, stage / Path(path).name)
 
 
-def _deliver(stage: Path, target: Path) -> None:
-    """Puts the finished directory in its place; what it replaces is removed only afterwards."""
+def _deliver(stage: Path, target: Path, overwrite: bool) -> None:
+    """Puts the finished directory in its place; what it replaces is removed only afterwards, and comes back if that
+    fails."""
     stage.chmod(0o777 & ~_umask())  # temporary directories are private
     for path in sorted(stage.rglob("*")):
         _sync(path)
     _sync(stage)
-    replaced = stage.with_name(stage.name + ".replaced")
-    if target.exists():
-        target.rename(replaced)
+    _check_destination(target, overwrite)  # once more: it may have appeared meanwhile
+    replaced = stage.with_name(stage.name + REPLACED)
     try:
+        if target.exists():
+            target.rename(replaced)
         stage.rename(target)
-    except OSError:
-        if replaced.exists():
+    except BaseException:
+        if replaced.exists() and not target.exists():
             replaced.rename(target)
         raise
-    _sync(target.parent)
+    with suppress(OSError):  # it is delivered
+        _sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

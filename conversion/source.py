@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -91,7 +92,7 @@ class Source:
         return sum((self.directory / shard).stat().st_size for shard in self.shards)
 
 
-def open_source(source: str | Path, revision: str | None = None) -> Source:
+def open_source(source: str | os.PathLike, revision: str | None = None) -> Source:
     """Finds a checkpoint and checks that it can be converted.
 
     Args:
@@ -102,7 +103,12 @@ def open_source(source: str | Path, revision: str | None = None) -> Source:
         ConversionError: it is missing, incomplete, of another format or of a kind that cannot be converted.
         UnsupportedBackboneError: its architecture is not supported.
     """
-    directory = _find(source, revision)
+    try:
+        directory = _find(Path(source), revision)
+    except (TypeError, ValueError, OSError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(f"source {source!r} is no path and no Hub id: {error}") from error
     config = _read_config(directory)
     shards, tensors = _read_index(directory)
     infos = _read_headers(directory, shards, tensors)
@@ -112,29 +118,33 @@ def open_source(source: str | Path, revision: str | None = None) -> Source:
         for path in directory.glob(pattern)
         if path.is_file() and not fnmatch(path.name, "*.safetensors*")
     )
-    name = str(source) if not Path(source).exists() else directory.resolve().name
+    name = directory.resolve().name if Path(source).exists() else str(source)
     return Source(directory, name, config, shards, tensors, infos, tuple(companions))
 
 
-def _find(source: str | Path, revision: str | None) -> Path:
-    path = Path(source)
+def _find(path: Path, revision: str | None) -> Path:
+    source = str(path)
     if path.is_dir():
+        if revision is not None:
+            raise ConversionError(f"revision={revision!r} is for Hub ids; source {source!r} is a directory.")
         return path
     if path.exists():
-        raise ConversionError(f"source {str(source)!r} is a file; give the directory of a checkpoint, or a Hub id.")
-    if path.is_absolute() or len(path.parts) > 2 or str(source).startswith((".", "~")):
-        raise ConversionError(
-            f"source {str(source)!r} does not exist; give the directory of a checkpoint, or a Hub id."
-        )
+        raise ConversionError(f"source {source!r} is a file; give the directory of a checkpoint, or a Hub id.")
+    if path.is_absolute() or len(path.parts) > 2 or source.startswith((".", "~")):
+        raise ConversionError(f"source {source!r} does not exist; give the directory of a checkpoint, or a Hub id.")
     try:
-        patterns = ["config.json", "*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *COMPANIONS]
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+        patterns = ["config.json", "adapter_config.json", SAFE_WEIGHTS_INDEX_NAME, *COMPANIONS]
+        directory = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        shards = [SAFE_WEIGHTS_NAME]  # and no other: repositories hold the same weights in several formats
+        if (directory / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            shards += _read_index(directory)[0]
+        return Path(snapshot_download(source, revision=revision, allow_patterns=[*patterns, *shards]))
     except HFValidationError as error:
-        raise ConversionError(f"source {str(source)!r} is neither a directory nor a Hub id: {error}") from error
+        raise ConversionError(f"source {source!r} is neither a directory nor a Hub id: {error}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConversionError(
-            f"source {str(source)!r} is not a directory here, and could not be fetched from the Hub: {reason} "
+            f"source {source!r} is not a directory here, and could not be fetched from the Hub: {reason} "
             "Check the name, the network and, for a gated model, `hf auth login`."
         ) from error
 
@@ -169,9 +179,12 @@ def _read_config(directory: Path) -> PreTrainedConfig:
             "unquantised checkpoint and quantise the result."
         )
     try:
-        return AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ConversionError(f"{config_file} makes no {model_type} configuration: {error}") from error
+    if config.dtype is not None and not getattr(config.dtype, "is_floating_point", False):
+        raise ConversionError(f"{config_file}: dtype={config.dtype!r}; a floating-point dtype was expected.")
+    return config
 
 
 def _read_index(directory: Path) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -229,7 +242,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object, or says what is wrong with the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConversionError(f"{path} holds a JSON {type(value).__name__}; an object was expected.")

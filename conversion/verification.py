@@ -47,6 +47,8 @@ class Verification:
     Attributes:
         mode: `"full"` (the whole model) or `"sample"` (its first decoder layers).
         num_hidden_layers: how many decoder layers were run.
+        dtype: what both were run in.
+        tokens_from: `"text"`, or `"a random generator"` if the checkpoint has no tokenizer that can be loaded.
         sequences, tokens: how many sequences, and tokens in all, were compared.
         largest_logit: largest absolute logit of the source.
         largest_logit_difference: largest absolute difference of two logits.
@@ -55,15 +57,32 @@ class Verification:
 
     mode: str
     num_hidden_layers: int
+    dtype: str
+    tokens_from: str
     sequences: int
     tokens: int
     largest_logit: float
     largest_logit_difference: float
     greedy_agreement: float
 
+    def is_within(self, tolerance: float) -> bool:
+        return self.largest_logit_difference <= tolerance * max(1.0, self.largest_logit)  # never for NaN
+
+
+def check_complete(source: Source, converted: Path) -> None:
+    """Checks names and shapes of all tensors against the configuration, without loading one.
+
+    Raises:
+        ConversionError: tensors are missing, or have other shapes than the configuration says.
+    """
+    _load(AttnResForCausalLM, converted, AttnResConfig.from_pretrained(converted), str(source.directory), "meta")
+
 
 def compare(source: Source, converted: Path, config: AttnResConfig, mode: str) -> Verification:
     """Compares the logits of source and result on real token sequences, in float32.
+
+    Where they differ by more than rounding, they are compared in float64 too: a token whose experts tie may be routed
+    otherwise by rounding alone, which a wrong conversion would survive and a right one would not.
 
     Args:
         source (`Source`): the checkpoint that was converted.
@@ -73,44 +92,64 @@ def compare(source: Source, converted: Path, config: AttnResConfig, mode: str) -
 
     Raises:
         ConversionError: the model does not fit in memory; nothing was compared.
-        VerificationError: tensors are missing, or the two differ by more than rounding.
+        VerificationError: the two differ by more than rounding.
     """
+    _check_depth_tensors(converted, config)
+    measured = _compare_in(torch.float32, source, converted, config, mode)
+    tolerance = TOLERANCE[config.mix]
+    if not measured.is_within(tolerance) and _fits(source, torch.float64):
+        measured = _compare_in(torch.float64, source, converted, config, mode)
+    if not measured.is_within(tolerance):
+        raise VerificationError(
+            f"the converted checkpoint differs from {source.name}: largest logit difference "
+            f"{measured.largest_logit_difference:.3g}, with logits up to {measured.largest_logit:.3g}; allowed are "
+            f"{tolerance:.0e} of that. Greedy tokens agree at {measured.greedy_agreement:.1%} of positions. Nothing "
+            "was delivered."
+        )
+    return measured
+
+
+@torch.no_grad()
+def _compare_in(dtype: torch.dtype, source: Source, converted: Path, config: AttnResConfig, mode: str) -> Verification:
     num_layers: int = config.num_hidden_layers
     if mode == "sample":
         num_layers = min(num_layers, _sample_layers(config))
-    else:
-        _check_memory(source)
-    sequences = _token_sequences(source)
-    original = _load(AutoModelForCausalLM, source.directory, truncate(source.config, num_layers))
-    expected = [original(input_ids=ids).logits[0] for ids in sequences]
+    elif not _fits(source, dtype):
+        raise ConversionError(
+            f"verify='full' loads {source.name} in float32, {4 * source.num_parameters / 2**30:.1f} GiB, and "
+            f"{psutil.virtual_memory().available / 2**30:.1f} GiB are free; use verify='sample', which loads its first "
+            "layers."
+        )
+    tokens_from, sequences = _token_sequences(source)
+    name = str(source.directory)
+    original = _load(AutoModelForCausalLM, source.directory, truncate(source.config, num_layers), name, dtype=dtype)
+    expected = _logits(original, sequences)
     del original
 
     truncated = copy.deepcopy(config)
     truncated.backbone_config = truncate(config.backbone_config, num_layers)
     truncated.block_size = min(config.block_size, truncated.num_sublayers)
-    _check_depth_tensors(converted, config)
-    result = _load(AttnResForCausalLM, converted, truncated)
-    actual = [result(input_ids=ids).logits[0] for ids in sequences]
-    del result
-
+    result = _load(AttnResForCausalLM, converted, truncated, name, dtype=dtype)
+    actual = _logits(result, sequences)
     pairs = list(zip(expected, actual))
-    measured = Verification(
+    return Verification(
         mode=mode,
         num_hidden_layers=num_layers,
+        dtype=str(dtype).removeprefix("torch."),
+        tokens_from=tokens_from,
         sequences=len(sequences),
         tokens=sum(ids.shape[1] for ids in sequences),
         largest_logit=max(logits.abs().max().item() for logits in expected),
         largest_logit_difference=max((a - b).abs().max().item() for a, b in pairs),
         greedy_agreement=torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs]).float().mean().item(),
     )
-    allowed = TOLERANCE[config.mix] * max(1.0, measured.largest_logit)
-    if not measured.largest_logit_difference <= allowed:  # also true for NaN
-        raise VerificationError(
-            f"the converted checkpoint differs from {source.name}: largest logit difference "
-            f"{measured.largest_logit_difference:.3g}, allowed {allowed:.3g}; greedy tokens agree at "
-            f"{measured.greedy_agreement:.1%} of positions. Nothing was delivered."
-        )
-    return measured
+
+
+def _logits(model: PreTrainedModel, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+    try:
+        return [model(input_ids=ids).logits[0] for ids in sequences]
+    except Exception as error:  # a configuration that can be loaded need not be one that can be run
+        raise ConversionError(f"{model.config.model_type} model cannot be run: {error}") from error
 
 
 def truncate(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
@@ -124,40 +163,34 @@ def truncate(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
 
 
 def _sample_layers(config: AttnResConfig) -> int:
-    """Two whole blocks and the start of a third, and at least one layer of each type."""
+    """Two whole blocks and the start of a third, and at least one layer of each kind."""
     sublayers_per_layer = config.num_sublayers // config.num_hidden_layers
-    layers = -(-(2 * config.block_size + 1) // sublayers_per_layer)
-    for name in ("layer_types", "mlp_layer_types"):
-        layer_types = getattr(config, name, None) or []
-        layers = max([layers, *(layer_types.index(kind) + 1 for kind in set(layer_types))])
-    return layers
+    with torch.device("meta"):
+        layers: Any = AttnResForCausalLM(copy.deepcopy(config)).backbone.base_model.layers
+    kinds = [tuple(type(child) for child in layer.children()) for layer in layers]
+    return max([-(-(2 * config.block_size + 1) // sublayers_per_layer), *(kinds.index(kind) + 1 for kind in kinds)])
 
 
-def _check_memory(source: Source) -> None:
-    needed, available = 4 * source.num_parameters, psutil.virtual_memory().available
-    if needed > available:
-        raise ConversionError(
-            f"verify='full' loads {source.name} in float32, {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB "
-            "are free; use verify='sample', which loads its first layers."
-        )
+def _fits(source: Source, dtype: torch.dtype) -> bool:
+    return dtype.itemsize * source.num_parameters <= psutil.virtual_memory().available
 
 
-def _token_sequences(source: Source) -> list[torch.Tensor]:
-    """Real text through the checkpoint's own tokenizer; a checkpoint without one gets pseudo-random tokens."""
+def _token_sequences(source: Source) -> tuple[str, list[torch.Tensor]]:
+    """Where the tokens are from, and the sequences, each `[1, tokens]`: real text if there is a tokenizer for it."""
     vocab_size = source.config.vocab_size
-    if any(name.startswith(("tokeni", "vocab", "tekken", "tiktoken", "spiece")) for name in source.companions):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source.directory)
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            raise ConversionError(f"the tokenizer of {source.directory} cannot be loaded: {error}") from error
-        sequences = [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in TEXTS]
-        if (largest := max(max(ids) for ids in sequences)) >= vocab_size:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False)
+        ids = [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in TEXTS]
+    except Exception:  # whatever it is that a tokenizer may lack: the models can be compared on any tokens
+        ids = []
+    if ids and all(ids):
+        if (largest := max(map(max, ids))) >= vocab_size:
             raise ConversionError(
                 f"the tokenizer of {source.directory} gives token {largest}, config.json says vocab_size={vocab_size}."
             )
-        return [torch.tensor([ids]) for ids in sequences]
+        return "text", [torch.tensor([sequence]) for sequence in ids]
     generator = torch.Generator().manual_seed(0)
-    return list(torch.randint(0, vocab_size, (len(TEXTS), 1, MAX_TOKENS), generator=generator))
+    return "a random generator", list(torch.randint(vocab_size, (len(TEXTS), 1, MAX_TOKENS), generator=generator))
 
 
 def _check_depth_tensors(converted: Path, config: AttnResConfig) -> None:
@@ -168,25 +201,33 @@ def _check_depth_tensors(converted: Path, config: AttnResConfig) -> None:
         raise VerificationError(f"{converted}: the depth tensors are not zeros and ones of shape {shape}.")
 
 
-def _load(model_class: Any, directory: Path, config: PreTrainedConfig) -> PreTrainedModel:
+def _load(
+    model_class: Any,
+    directory: Path,
+    config: PreTrainedConfig,
+    name: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a truncated model finds tensors it has no use for, and fewer reads
     try:
         model, info = model_class.from_pretrained(
             directory,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
+            device_map=device,
+            experts_implementation="eager" if dtype == torch.float64 else None,  # the others have no float64
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ConversionError(f"{directory} cannot be loaded: {error}") from error
+    except Exception as error:  # whatever a model's constructor makes of a configuration that it did not expect
+        raise ConversionError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
     if missing := sorted(info["missing_keys"]):
-        raise ConversionError(f"{directory} lacks {len(missing)} tensors its config asks for, first {missing[0]!r}.")
+        raise ConversionError(f"{name} lacks {len(missing)} tensors its config asks for, first {missing[0]!r}.")
     mismatched = sorted(str(key) for key in info["mismatched_keys"] if DEPTH_PREFIX not in str(key))
     if mismatched:
-        raise ConversionError(f"{directory}: tensors whose shapes contradict config.json, first {mismatched[0]}.")
-    model.requires_grad_(False)
+        raise ConversionError(f"{name}: tensors whose shapes contradict config.json, first {mismatched[0]}.")
     return model.eval()

@@ -46,8 +46,11 @@ def run(output: Path, console: Console, max_new_tokens: int = 48) -> Path:
         if not (output / MARK).is_file():
             raise AttnResError(f"{output} exists and was not made by the demo; choose another with --output.")
         shutil.rmtree(output)
-    output.mkdir(parents=True)
-    (output / MARK).touch()
+    try:
+        output.mkdir(parents=True)
+        (output / MARK).touch()
+    except OSError as error:
+        raise AttnResError(f"{output} cannot be made: {error}; choose another with --output.") from error
     converted = output / "tiny-qwen3-attnres"
 
     logging.disable_progress_bar()

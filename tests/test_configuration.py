@@ -96,6 +96,19 @@ def test_arguments_of_from_pretrained(tmp_path: Path) -> None:
         AttnResConfig.from_pretrained(tmp_path, block_size=99)
 
 
+def test_none_overrides_nothing(tmp_path: Path) -> None:
+    AttnResConfig(backbone_config=QWEN3, block_size=3).save_pretrained(tmp_path)
+    config = AttnResConfig.from_pretrained(tmp_path, block_size=None, mix=None)
+    assert (config.block_size, config.mix) == (3, "mean")
+
+
+def test_arguments_of_the_backbone_go_to_the_backbone() -> None:
+    config = AttnResConfig(backbone_config=QWEN3, use_cache=False, max_position_embeddings=77)
+    assert config.backbone_config.use_cache is False
+    assert config.backbone_config.max_position_embeddings == 77
+    assert not {"use_cache", "max_position_embeddings"} & set(config.__dict__)
+
+
 def test_another_decoders_configuration_becomes_the_backbone(tmp_path: Path) -> None:
     tiny_config("qwen3").save_pretrained(tmp_path)
     config = AttnResConfig.from_pretrained(tmp_path, num_blocks=2)
@@ -137,6 +150,7 @@ NONSENSE: list[tuple[str, dict[str, Any], str]] = [
     ("no layers", {"backbone_config": QWEN3 | {"num_hidden_layers": 0}}, "num_hidden_layers=0"),
     ("negative layers", {"backbone_config": QWEN3 | {"num_hidden_layers": -2}}, "num_hidden_layers"),
     ("bad backbone field", {"backbone_config": QWEN3 | {"hidden_size": "wide"}}, "hidden_size"),
+    ("unknown dtype", {"backbone_config": QWEN3, "dtype": "float99"}, "float99"),
     ("both sizes", {"backbone_config": QWEN3, "block_size": 2, "num_blocks": 4}, "exactly one"),
     ("block_size zero", {"backbone_config": QWEN3, "block_size": 0}, "block_size=0 .* from 1 to 8"),
     ("block_size negative", {"backbone_config": QWEN3, "block_size": -1}, "block_size=-1"),

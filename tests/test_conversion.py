@@ -226,7 +226,14 @@ def test_saving_into_the_converted_directory_leaves_the_source_alone(source: Pat
     assert snapshot(source) == before
 
 
-def test_sample_runs_the_first_blocks_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_runs_a_layer_of_each_kind(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", "deepseek_v3", num_hidden_layers=6, first_k_dense_replace=3)
+    report = convert(source, tmp_path / "converted", block_size=1, verify="sample")
+    assert report.verification is not None
+    assert report.verification.num_hidden_layers == 4  # three dense layers come before the first with experts
+
+
+def test_sample_runs_the_first_blocks_only(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source", "llama", num_hidden_layers=9)
     report = convert(source, tmp_path / "converted", block_size=3, verify="sample")
     assert report.verification is not None
@@ -419,6 +426,19 @@ BAD_INPUT: list[tuple[str, bool, Callable[[Path], None], dict[str, Any], str]] =
         {},
         "'model.norm.weight', which the index puts in None",
     ),
+    ("tensor missing, unverified", False, drop_tensor("model.norm.weight"), {"verify": "none"}, "lacks 1 tensors"),
+    (
+        "layer missing, sampled",
+        False,
+        drop_tensor("model.layers.3.mlp.up_proj.weight"),
+        {"verify": "sample", "block_size": 1},
+        "lacks 1 tensors",
+    ),
+    ("nested beyond reason", False, write("config.json", "[" * 100_000), {}, "not readable JSON"),
+    ("empty vocabulary", False, edit_config(vocab_size=0), {}, "source cannot be loaded"),
+    ("no heads", False, edit_config(num_attention_heads=0), {}, "source cannot be loaded"),
+    ("padding beyond the vocabulary", False, edit_config(pad_token_id=1000), {}, "cannot be loaded"),
+    ("dtype of integers", False, edit_config(dtype="int8"), {}, "floating-point dtype"),
     ("no such source", False, lambda source: shutil.rmtree(source), {}, "does not exist"),
     ("both sizes", False, lambda source: None, {"num_blocks": 2, "block_size": 2}, "exactly one"),
     ("too many blocks", False, lambda source: None, {"num_blocks": 9}, "num_blocks=9 .* from 1 to 8"),
@@ -455,10 +475,12 @@ def test_source_that_is_no_directory(source: Path) -> None:
 
 BAD_DESTINATIONS: list[tuple[str, Callable[[Path], Path], bool, str]] = [
     ("exists", lambda root: make_source(root / "there"), False, "exists; choose another"),
-    ("not a checkpoint", lambda root: make_directory(root / "there"), True, "no config.json"),
-    ("a file", lambda root: make_file(root / "there"), True, "not the directory of a checkpoint"),
+    ("not a checkpoint", lambda root: make_directory(root / "there"), True, "not, or not only, a converted"),
+    ("a file", lambda root: make_file(root / "there"), True, "not, or not only, a converted"),
     ("no parent", lambda root: root / "nowhere" / "there", False, "parent directory does not exist"),
-    ("the source", lambda root: root / "source", True, "overlap"),
+    ("the source", lambda root: root / "source", True, "not, or not only, a converted"),
+    ("a clone with history", lambda root: make_clone(root / "there"), True, "not, or not only, a converted"),
+    ("another project", lambda root: make_project(root / "there"), True, "not, or not only, a converted"),
     ("inside the source", lambda root: root / "source" / "there", False, "overlap"),
 ]
 
@@ -466,6 +488,18 @@ BAD_DESTINATIONS: list[tuple[str, Callable[[Path], Path], bool, str]] = [
 def make_directory(path: Path) -> Path:
     path.mkdir()
     (path / "thesis.tex").write_text("years of work")
+    return path
+
+
+def make_clone(path: Path) -> Path:
+    convert(CHECKPOINT, path, verify="none")
+    (path / ".git").mkdir()
+    return path
+
+
+def make_project(path: Path) -> Path:
+    make_directory(path)
+    (path / "config.json").write_text('{"app": 1}')
     return path
 
 
@@ -485,6 +519,40 @@ def test_bad_destination_is_left_as_it_is(
     with pytest.raises(ConversionError, match=message):
         convert(source, destination, overwrite=overwrite)
     assert snapshot(source.parent) == before
+
+
+def test_source_that_is_linked_into_the_destination(source: Path) -> None:
+    """Replacing the destination would remove what the links of the source point to."""
+    destination = source.parent / "converted"
+    convert(source, destination, verify="none")
+    for path in source.iterdir():
+        (destination / path.name).write_bytes(path.read_bytes())
+        path.unlink()
+        path.symlink_to(destination / path.name)
+    before = snapshot(source.parent)
+    with pytest.raises(ConversionError, match="overlap"):
+        convert(source, destination, overwrite=True)
+    assert snapshot(source.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, "there"), "source None"),
+        ((3, "there"), "source 3"),
+        (("a" * 5000, "there"), "is no path and no Hub id"),
+        (("source", None), "destination None"),
+        (("source", "nul\0"), "no path that can be used"),
+    ],
+)
+def test_arguments_that_are_no_paths(
+    source: Path, arguments: tuple[Any, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(source.parent)
+    with pytest.raises(ConversionError, match=message):
+        convert(*arguments)
+    with pytest.raises(ConversionError, match="revision='main' is for Hub ids"):
+        convert(source, "there", revision="main")
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
@@ -519,6 +587,59 @@ def test_a_failed_replacement_keeps_the_old_checkpoint(source: Path, monkeypatch
         convert(source, destination, block_size=4, verify="none", overwrite=True)
     assert snapshot(destination) == before
     assert sorted(path.name for path in source.parent.iterdir()) == ["converted", "source"]
+
+
+def test_an_interrupted_replacement_loses_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between the two renames puts the old checkpoint back; after SIGKILL the next conversion does."""
+    destination = source.parent / "converted"
+    convert(source, destination, block_size=2, verify="none")
+    before = snapshot(destination)
+    rename = Path.rename
+
+    def interrupt(self: Path, target: Path) -> Path:
+        if Path(target) == destination and ".replaced" not in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, destination, block_size=4, verify="none", overwrite=True)
+    monkeypatch.undo()
+    assert snapshot(destination) == before
+    destination.rename(source.parent / ".converted.attnres-abcd1234.replaced")  # as SIGKILL would leave it
+    with pytest.raises(ConversionError, match="exists"):
+        convert(source, destination, block_size=4, verify="none")
+    assert snapshot(destination) == before
+    assert sorted(path.name for path in source.parent.iterdir()) == ["converted", "source"]
+
+
+def test_a_destination_that_appears_meanwhile_is_kept(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = converter._link_shards
+
+    def link_and_make(*arguments: Any) -> Any:
+        make_directory(source.parent / "converted")
+        return link(*arguments)
+
+    monkeypatch.setattr(converter, "_link_shards", link_and_make)
+    with pytest.raises(ConversionError, match="exists"):
+        convert(source, source.parent / "converted", verify="none")
+    assert (source.parent / "converted" / "thesis.tex").read_text() == "years of work"
+
+
+def test_neighbours_with_similar_names_are_left_alone(source: Path) -> None:
+    notes = source.parent / ".converted.attnres-notes"
+    make_directory(notes)
+    make_file(source.parent / ".converted.attnres-abcd1234")
+    convert(source, source.parent / "converted", verify="none")
+    assert (notes / "thesis.tex").exists()
+    assert (source.parent / ".converted.attnres-abcd1234").exists()
+
+
+def test_ties_between_experts_are_settled_in_float64(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(verification.TOLERANCE, "sum", 1e-12)  # as if the rounding of float32 had changed an expert
+    report = convert(source, source.parent / "converted", block_size=3)
+    assert report.verification is not None
+    assert report.verification.dtype == "float64"
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.2, 0.5])

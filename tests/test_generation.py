@@ -129,6 +129,8 @@ def test_logits_to_keep(model: AttnResForCausalLM, logits_to_keep: int | torch.T
 def test_inputs_embeds(model: AttnResForCausalLM) -> None:
     input_ids = random_tokens()
     embeds = model.get_input_embeddings()(input_ids)
+    generated = model.generate(inputs_embeds=embeds, **GREEDY)
+    assert torch.equal(generated, model.generate(input_ids, **GREEDY)[:, input_ids.shape[1] :])
     torch.testing.assert_close(model(inputs_embeds=embeds).logits, model(input_ids).logits)
 
 

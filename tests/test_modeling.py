@@ -376,6 +376,21 @@ def test_meta_device() -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("mix", "Sum"), ("block_size", 0), ("block_size", 100), ("depth_attention_implementation", "x")]
+)
+def test_a_configuration_that_was_spoilt_is_refused(name: str, value: Any) -> None:
+    config = AttnResConfig(backbone_config=tiny_config("qwen3"))
+    setattr(config, name, value)
+    with pytest.raises(AttnResError, match=f"{name}={value!r}"):
+        AttnResForCausalLM(config)
+
+
+def test_another_configuration_is_refused() -> None:
+    with pytest.raises(AttnResError, match="needs an AttnResConfig, not a Qwen3Config"):
+        AttnResForCausalLM(tiny_config("qwen3"))
+
+
 def test_unknown_family_is_refused_by_name() -> None:
     config = AttnResConfig(backbone_config=dict(model_type="gpt2", n_layer=2, n_embd=32, n_head=2))
     with pytest.raises(UnsupportedBackboneError, match="'gpt2' is not supported.*qwen3"):
