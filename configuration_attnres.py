@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 MIXES = ("mean", "sum")
-DEPTH_ATTENTION_IMPLEMENTATIONS = ("eager",)
+DEPTH_ATTENTION_IMPLEMENTATIONS = ("eager", "two_phase")
 DEPTH_FIELDS = ("block_size", "num_blocks", "mix", "key_norm_eps", "depth_attention_implementation")
 OWN_FIELDS = ("auto_map", "quantization_config")  # a backbone may have them too, but the loader looks for them here
 DEFAULT_NUM_BLOCKS = 8
@@ -67,7 +67,7 @@ class AttnResConfig(PreTrainedConfig):
             sources, so that zero pseudo-queries give exactly the standard residual stream, whatever norm follows.
         key_norm_eps (`float`, *optional*, defaults to 1e-6):
             Epsilon of the RMSNorm on the keys.
-        depth_attention_implementation (`str`, *optional*, defaults to `"eager"`):
+        depth_attention_implementation (`str`, *optional*, defaults to `"two_phase"`):
             How depth attention is computed; see `depth_attention.py`. Every implementation gives the same result.
 
     Raises:
@@ -96,7 +96,7 @@ class AttnResConfig(PreTrainedConfig):
     block_size: int = None  # type: ignore[assignment]
     mix: str = "mean"
     key_norm_eps: float = 1e-6
-    depth_attention_implementation: str = "eager"
+    depth_attention_implementation: str = "two_phase"
 
     def __post_init__(self, num_blocks: int | None = None, **kwargs: Any) -> None:
         self.backbone_config = _resolve_backbone_config(self.backbone_config)

@@ -39,7 +39,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_attnres import IS_INSTALLED, AttnResConfig, AttnResError
-from .depth_attention import DepthAttention, DepthState, depth_weights, read
+from .depth_attention import DepthAttention, DepthSettings, DepthState, depth_weights, read
 
 
 class UnsupportedBackboneError(AttnResError):
@@ -108,7 +108,8 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
     Instances are made by [`rewire`] from the layers of a backbone, never constructed.
     """
 
-    attnres_config: AttnResConfig
+    depth_settings: DepthSettings
+    num_sublayers: int
     sublayers: tuple[Sublayer, ...]
     first_sublayer: int
     cache_argument: str
@@ -128,9 +129,9 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         self, *state_and_query: torch.Tensor, depth_recorder: DepthRecorder | None = None, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         *tensors, depth_query = state_and_query
-        config = self.attnres_config
+        block_size = self.depth_settings.block_size
         num_written = self.first_sublayer
-        state = DepthState.unflatten(tuple(tensors), num_written, config.block_size)
+        state = DepthState.unflatten(tuple(tensors), num_written, block_size)
 
         for sublayer in self.sublayers:
             hidden_states, state = self.read(depth_query, state, num_written, depth_recorder)
@@ -138,21 +139,22 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
                 depth_recorder.hidden_states.append(hidden_states)
             output = self.apply_sublayer(sublayer, hidden_states, kwargs)
             num_written += 1
-            state = state.write(output, closes_block=num_written % config.block_size == 0)
+            state = state.write(output, closes_block=num_written % block_size == 0)
 
-        if num_written == config.num_sublayers:
+        if num_written == self.num_sublayers:
             return self.read(depth_query, state, num_written, depth_recorder)[0]
         return state.flatten()
 
     def read(
         self, depth_query: torch.Tensor, state: DepthState, num_written: int, depth_recorder: DepthRecorder | None
     ) -> tuple[torch.Tensor, DepthState]:
-        config = self.attnres_config
         if depth_recorder is not None and depth_recorder.depth_attentions is not None:
             depth_recorder.depth_attentions.append(
-                depth_weights(depth_query[num_written], state.sources, state.partial_sum, config.key_norm_eps)
+                depth_weights(
+                    depth_query[num_written], state.sources, state.partial_sum, self.depth_settings.key_norm_eps
+                )
             )
-        return read(depth_query, state, num_written, config)
+        return read(depth_query, state, num_written, self.depth_settings)
 
     def apply_sublayer(self, sublayer: Sublayer, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         hidden_states = getattr(self, sublayer.norm)(hidden_states)
@@ -204,7 +206,8 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
         mixer = inspect.signature(getattr(layer, sublayers[0].module).forward).parameters
         renamed[type(layer).__name__] = f"AttnRes{type(layer).__name__}"
         layer.__class__ = _decoder_layer_class(type(layer))  # type: ignore[arg-type]
-        layer.attnres_config = config
+        layer.depth_settings = DepthSettings.of(config)
+        layer.num_sublayers = config.num_sublayers
         layer.sublayers = sublayers
         layer.first_sublayer = index * len(sublayers)
         layer.cache_argument = "cache_params" if "cache_params" in mixer else "past_key_values"

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import attnres
 import pytest
+from tiny import tiny_model
+
+import attnres
 from attnres.cli import main
 from attnres.conversion import ConversionError
-from tiny import tiny_model
 
 COMMANDS = ("convert", "demo")
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attnres import AttnResConfig, AttnResConfigError, AttnResError
 from tiny import COMMON, tiny_config
 from transformers import AutoConfig, Qwen3Config
+
+from attnres import AttnResConfig, AttnResConfigError, AttnResError
 
 QWEN3 = {"model_type": "qwen3", **COMMON}
 

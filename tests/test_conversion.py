@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from attnres import AttnResConfig, AttnResError, AttnResForCausalLM, convert
-from attnres.conversion import ConversionError, VerificationError, converter, verification
-from attnres.examples.demo import CHECKPOINT
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, random_tokens, retrofit, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from attnres import AttnResConfig, AttnResError, AttnResForCausalLM, convert
+from attnres.conversion import ConversionError, VerificationError, converter, verification
+from attnres.examples.demo import CHECKPOINT
 
 INDEX = "model.safetensors.index.json"
 

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnres import AttnResConfig, DepthAttention
-from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, DepthState, depth_weights, read
 from reference import ReferenceModel
 from reference import read as reference_read
 from tiny import FAMILIES, random_tokens, retrofit, tiny_model
+
+from attnres import AttnResConfig, DepthAttention, depth_attention
+from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, DepthSettings, DepthState, depth_weights, read
 
 IMPLEMENTATIONS = sorted(DEPTH_ATTENTION_FUNCTIONS)
 HIDDEN = 24
@@ -23,6 +24,17 @@ def make_config(block_size: int, **kwargs: object) -> AttnResConfig:
     return AttnResConfig(backbone_config=backbone, block_size=block_size, **kwargs)
 
 
+def read_at(query: torch.Tensor, values: tuple[torch.Tensor, ...], num_written: int, config: AttnResConfig) -> tuple:
+    """One read; an implementation with phases has opened the block at the block's first read."""
+    first = num_written - num_written % config.block_size
+    num_sources = 1 + num_written // config.block_size
+    settings = DepthSettings.of(config)
+    hidden_states, state = read(query, DepthState(values[:num_sources]), first, settings)
+    if num_written > first:
+        hidden_states, state = read(query, state._replace(partial_sum=values[num_sources]), num_written, settings)
+    return hidden_states, state
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("mix", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -32,11 +44,7 @@ def test_read_equals_reference(num_written, block_size, dtype, mix, implementati
     has_partial_sum = num_written % block_size > 0
     values = make_sources(1 + num_written // block_size + has_partial_sum, dtype)
     query = torch.randn(config.num_reads, HIDDEN, generator=torch.Generator().manual_seed(0))
-    state = DepthState.unflatten(values, num_written, block_size)
-    if has_partial_sum:  # an implementation with phases has opened the block at its first read
-        _, opened = read(query, DepthState(values[:-1]), num_written - num_written % block_size, config)
-        state = opened._replace(partial_sum=values[-1])
-    actual, _ = read(query, state, num_written, config)
+    actual, state = read_at(query, values, num_written, config)
 
     ones = torch.ones(HIDDEN, dtype=torch.float64)
     expected, weights = reference_read([v.double() for v in values], query[num_written].double(), ones, mix, 1e-6)
@@ -47,26 +55,55 @@ def test_read_equals_reference(num_written, block_size, dtype, mix, implementati
     torch.testing.assert_close(actual_weights.double(), weights, atol=1e-6, rtol=1e-5)
 
 
-def test_zero_queries_give_the_residual_stream() -> None:
-    values = make_sources(5)
-    state = DepthState(values[:4], values[4])
-    config = make_config(8, mix="sum")
-    hidden_states, _ = read(torch.zeros(config.num_reads, HIDDEN), state, 4, config)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_zero_queries_give_the_residual_stream(implementation: str) -> None:
+    values = make_sources(3)
+    config = make_config(2, mix="sum", depth_attention_implementation=implementation)
+    hidden_states, _ = read_at(torch.zeros(config.num_reads, HIDDEN), values, 3, config)
     torch.testing.assert_close(hidden_states, sum(values), atol=1e-6, rtol=1e-6)
 
 
-def test_large_values_do_not_overflow() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_large_values_do_not_overflow(implementation: str) -> None:
     """Statistics are in float32: the square of 300 is beyond float16."""
     values = tuple(torch.full((1, 1, HIDDEN), x, dtype=torch.float16) for x in (300.0, 30000.0))
-    config = make_config(1)
-    hidden_states, _ = read(torch.zeros(config.num_reads, HIDDEN), DepthState(values), 1, config)
+    config = make_config(1, depth_attention_implementation=implementation)
+    hidden_states, _ = read_at(torch.zeros(config.num_reads, HIDDEN), values, 1, config)
     torch.testing.assert_close(hidden_states, torch.full_like(hidden_states, 15150.0))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_does_not_reach_depth_attention(implementation: str) -> None:
+    values = make_sources(4)
+    config = make_config(3, depth_attention_implementation=implementation)
+    query = torch.randn(config.num_reads, HIDDEN, generator=torch.Generator().manual_seed(0))
+    expected, _ = read_at(query, values, 7, config)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, _ = read_at(query, values, 7, config)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 300])
+def test_chunks_cover_every_token(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward are the same whatever the chunk size."""
+    generator = torch.Generator().manual_seed(0)
+    sources = [torch.randn(1, num_tokens, HIDDEN, generator=generator, requires_grad=True) for _ in range(4)]
+    query = torch.randn(9, HIDDEN, generator=generator, requires_grad=True)
+    config = make_config(3, mix="sum", depth_attention_implementation="two_phase")
+    results = []
+    for size in (2**19, 5 * HIDDEN):
+        monkeypatch.setattr(depth_attention, "CHUNK_ELEMENTS", size)
+        hidden_states, _ = read_at(query, tuple(sources), 8, config)
+        results.append((hidden_states, *torch.autograd.grad(hidden_states.square().sum(), [query, *sources])))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_state_survives_flattening() -> None:
     for num_written, block_size in [(0, 4), (3, 4), (4, 4), (9, 4), (3, 1), (5, 8)]:
         values = make_sources(1 + -(-num_written // block_size))
         state = DepthState.unflatten(values, num_written, block_size)
+        assert state.inverse_rms is None
         assert (state.partial_sum is None) == (num_written % block_size == 0)
         assert all(a is b for a, b in zip(state.flatten(), values, strict=True))
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
 from attnres import convert
 from attnres.examples.demo import CHECKPOINT
 from attnres.examples.train_tiny_qwen3 import bits_per_byte, standard_library
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 PROMPTS = 20
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from attnres import AttnResForCausalLM
 from tiny import FAMILIES, random_tokens, retrofit, tiny_model
 from transformers import DynamicCache, PreTrainedModel, StaticCache, pipeline, set_seed
+
+from attnres import AttnResForCausalLM
 
 GREEDY = dict(do_sample=False, max_new_tokens=10, eos_token_id=-1)
 

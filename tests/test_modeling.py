@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from attnres import AttnResConfig, AttnResError, AttnResForCausalLM, AttnResModel
-from attnres.modeling_attnres import UnsupportedBackboneError
 from safetensors import safe_open
 from tiny import FAMILIES, VOCAB_SIZE, random_tokens, randomize, retrofit, tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Qwen3ForCausalLM, Trainer, TrainingArguments
+
+from attnres import AttnResConfig, AttnResError, AttnResForCausalLM, AttnResModel
+from attnres.modeling_attnres import UnsupportedBackboneError
 
 MOE_FAMILIES = ["mixtral", "qwen3_moe"]
 

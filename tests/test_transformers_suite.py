@@ -16,11 +16,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from attnres import AttnResConfig, AttnResForCausalLM, AttnResModel
 from fetch_transformers_tests import DIRECTORY
 from tiny import tiny_config
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+from attnres import AttnResConfig, AttnResForCausalLM, AttnResModel
 
 if not DIRECTORY.is_dir():
     pytest.skip(f"{DIRECTORY} is missing: run `python tests/fetch_transformers_tests.py`", allow_module_level=True)

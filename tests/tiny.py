@@ -6,8 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from attnres import AttnResConfig, AttnResForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from attnres import AttnResConfig, AttnResForCausalLM
 
 VOCAB_SIZE = 96
 

@@ -1,0 +1,216 @@
+"""What depth attention costs: the time and memory of an AttnRes model over those of its backbone alone.
+
+    python benchmarks/model_overhead.py --output results.json
+    python benchmarks/model_overhead.py --dtype bfloat16 --task decode --implementation two_phase
+
+Backbone and AttnRes share one set of weights in one process and run in turn, A B B A ..., after a warm-up; each figure
+is the median of the ratios of neighbouring runs, with their quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen3Config, StaticCache
+
+from attnres import AttnResConfig, AttnResForCausalLM
+
+SHAPES = {  # decoder layers, hidden, MLP, heads, key-value heads, head, vocabulary
+    "qwen3-0.6b": (28, 1024, 3072, 16, 8, 128, 151936),
+    "tiny": (4, 128, 256, 4, 2, 32, 1024),
+}
+BLOCKS = {"block": {"num_blocks": 8}, "full": {"block_size": 1}}
+CONTEXT = 512
+
+
+def make_backbone(shape: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    layers, hidden, intermediate, heads, kv_heads, head, vocabulary = SHAPES[shape]
+    config = Qwen3Config(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def make_attnres(backbone: PreTrainedModel, kind: str, implementation: str) -> AttnResForCausalLM:
+    """An AttnRes model over the very tensors of `backbone`, with queries that are not zero."""
+    config = AttnResConfig(
+        backbone_config=backbone.config, mix="sum", depth_attention_implementation=implementation, **BLOCKS[kind]
+    )
+    with torch.device("meta"):
+        model = AttnResForCausalLM(config)
+    model.backbone = model.backbone.to_empty(device="meta")
+    model.backbone.load_state_dict(backbone.state_dict(), assign=True)
+    model.backbone.tie_weights()
+    for name, source in backbone.named_buffers():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.backbone.get_submodule(parent), leaf, source)
+    parameter = next(backbone.parameters())
+    shape = model.depth_attention.query.shape
+    kwargs = {"dtype": parameter.dtype, "device": parameter.device}
+    model.depth_attention.query = torch.nn.Parameter(0.02 * torch.randn(shape, **kwargs))
+    model.depth_attention.key_norm = torch.nn.Parameter(torch.ones(shape, **kwargs))
+    return model.eval()
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def prefill(model: Any, length: int, device: str) -> Callable[[], Any]:
+    input_ids = torch.randint(0, 1000, (1, length), device=device)
+
+    @torch.no_grad()
+    def run() -> None:
+        model(input_ids, logits_to_keep=1, use_cache=False)
+
+    return run
+
+
+def decode(model: Any, length: int, device: str, steps: int = 4) -> Callable[[], Any]:
+    """Some tokens at a context of `length`: a static cache while compiled, as `generate` does, else a dynamic one."""
+    config = getattr(model, "_orig_mod", model).config.get_text_config()
+    is_compiled = hasattr(model, "_orig_mod")
+    token = torch.randint(0, 1000, (1, 1), device=device)
+    context = torch.randint(0, 1000, (1, length), device=device)
+    if is_compiled:
+        cache: Any = StaticCache(config=config, max_cache_len=length + steps + 4)
+    else:
+        cache = DynamicCache(config=config)
+    with torch.no_grad():
+        getattr(model, "_orig_mod", model)(context, past_key_values=cache, logits_to_keep=1)
+
+    @torch.no_grad()
+    def run() -> None:
+        for step in range(steps):
+            positions = torch.tensor([[length + step]], device=device)
+            model(token, past_key_values=cache, position_ids=positions)
+        if is_compiled:
+            for layer in cache.layers:
+                if hasattr(layer, "cumulative_length"):
+                    layer.cumulative_length.fill_(length)
+        else:
+            cache.crop(-steps)
+
+    return run
+
+
+def train(model: Any, length: int, device: str) -> Callable[[], Any]:
+    input_ids = torch.randint(0, 1000, (1, length), device=device)
+
+    def run() -> None:
+        model(input_ids, labels=input_ids, use_cache=False).loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return run
+
+
+TASKS: dict[str, tuple[Callable[..., Any], int]] = {
+    "prefill 512": (prefill, 512),
+    "prefill 2048": (prefill, 2048),
+    "decode": (decode, CONTEXT),
+    "training step": (train, 512),
+}
+
+
+def ratios(
+    baseline: Callable[[], Any], other: Callable[[], Any], device: str, repeats: int
+) -> tuple[list[float], float]:
+    """Times both in turn; returns the ratio of each pair, and the median seconds of the baseline."""
+    for run in (baseline, other, baseline, other):
+        run()
+    pairs = []
+    for index in range(repeats):
+        seconds = {}
+        for run in (baseline, other) if index % 2 == 0 else (other, baseline):
+            synchronize(device)
+            started = time.perf_counter()
+            run()
+            synchronize(device)
+            seconds[run] = time.perf_counter() - started
+        pairs.append((seconds[baseline], seconds[other]))
+    return [b / a for a, b in pairs], statistics.median(a for a, _ in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--task", nargs="+", default=list(TASKS))
+    parser.add_argument("--kind", nargs="+", choices=BLOCKS, default=list(BLOCKS))
+    parser.add_argument("--implementation", nargs="+", default=["eager", "two_phase", "two_phase compiled"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+
+    rows = []
+    console = Console()
+    for dtype in arguments.dtype:
+        backbone = make_backbone(arguments.shape, getattr(torch, dtype), arguments.device)
+        for name in arguments.task:
+            task, length = TASKS[name]
+            for kind in arguments.kind:
+                for implementation in arguments.implementation:
+                    base, _, compiled = implementation.partition(" ")
+                    models = [backbone, make_attnres(backbone, kind, base)]
+                    if compiled:
+                        torch._dynamo.reset()
+                        models = [torch.compile(model) for model in models]
+                    runs = [task(model, length, arguments.device) for model in models]
+                    values, seconds = ratios(*runs, arguments.device, arguments.repeats)
+                    low, middle, high = statistics.quantiles(values, n=4)
+                    rows.append(
+                        {
+                            "dtype": dtype,
+                            "task": name,
+                            "kind": kind,
+                            "implementation": implementation,
+                            "ratio": round(middle, 4),
+                            "quartiles": [round(low, 4), round(high, 4)],
+                            "backbone_seconds": round(seconds, 5),
+                        }
+                    )
+                    console.print(rows[-1])
+
+    table = Table("dtype", "task", "AttnRes", "implementation", "ratio", "quartiles", "backbone")
+    for row in rows:
+        names = (row[name] for name in ("dtype", "task", "kind", "implementation"))
+        quartiles = "{:.3f} to {:.3f}".format(*row["quartiles"])
+        table.add_row(*names, f"{row['ratio']:.3f}", quartiles, f"{row['backbone_seconds'] * 1e3:.1f} ms")
+    console.print(table)
+    if arguments.output:
+        report = {
+            "hardware": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "shape": arguments.shape,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "rows": rows,
+        }
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
