@@ -46,8 +46,8 @@ class DepthState(NamedTuple):
             to the end of a block it lacks the source which that block became.
         phase_one (`tuple[torch.Tensor, ...]`):
             What phase one (Algorithm 1) found over the finished sources for the reads of the open block: normalised
-            output of each, `[batch, sequence, hidden]`, then the log-sum-exp of each, `[batch, sequence]`; empty for
-            implementations without phases, and at a block boundary.
+            output of each, `[batch, sequence, hidden]`, then the log-sum-exp of each, `[batch, sequence]`, float32;
+            empty for implementations without phases, and at a block boundary.
     """
 
     sources: tuple[torch.Tensor, ...]
@@ -203,7 +203,7 @@ class TwoPhaseDepthAttention:
     @staticmethod
     def read(query: torch.Tensor, state: DepthState, index_in_block: int, mix: str, eps: float) -> torch.Tensor:
         if state.partial_sum is None:
-            return state.phase_one[0]
+            return state.phase_one[0].to(state.sources[0].dtype)
         scale = len(state.sources) + 1 if mix == "sum" else 1
         output = state.phase_one[index_in_block]
         log_sum_exp = state.phase_one[len(state.phase_one) // 2 + index_in_block]
@@ -257,14 +257,15 @@ def phase_one_forward(
         sources (`tuple[torch.Tensor, ...]`): each `[batch, sequence, hidden]`.
 
     Returns:
-        `tuple[torch.Tensor, ...]`: the normalised output of each read, `[batch, sequence, hidden]` in the dtype of the
-        sources, then the log-sum-exp of each, `[batch, sequence]`, float32.
+        `tuple[torch.Tensor, ...]`: the normalised output of each read, `[batch, sequence, hidden]`, then the
+        log-sum-exp of each, `[batch, sequence]`, both float32: rounded to bfloat16 in between, a retrofitted model
+        would be further from float32 than the original.
     """
     (*shape, hidden), reads = sources[0].shape, queries.shape[0]
     rows = [source.reshape(-1, hidden) for source in sources]
     inverse_rms = inverse_rms.reshape(len(rows), -1)
     slices = chunks(rows[0].shape[0], len(rows) * hidden)
-    output, log_sum_exps = rows[0].new_empty(0 if len(slices) == 1 else rows[0].shape[0], reads, hidden), []
+    output, log_sum_exps = queries.new_empty(0 if len(slices) == 1 else rows[0].shape[0], reads, hidden), []
     for chunk in slices:
         values = upcast(torch.stack([row[chunk] for row in rows], dim=1))
         _, logits = phase_one_logits(queries, inverse_rms[:, chunk], values)
@@ -274,7 +275,7 @@ def phase_one_forward(
         mixed = weights.transpose(0, 1) @ values  # [tokens, reads, hidden]
         log_sum_exps.append(logits.logsumexp(-1))
         if len(slices) == 1:
-            output = mixed.to(rows[0].dtype)
+            output = mixed
         else:
             output[chunk] = mixed
     log_sum_exp = log_sum_exps[0] if len(log_sum_exps) == 1 else torch.cat(log_sum_exps, dim=1)
@@ -346,10 +347,10 @@ def phase_two_merge(
     """[`phase_two_forward`] of tokens that are few enough to be up-cast at once."""
     value = upcast(partial_sum)
     gate = phase_two_gate(log_sum_exp, value, query, eps)[0]
-    hidden_states = torch.lerp(upcast(output), value, gate.unsqueeze(-1))
+    hidden_states = torch.lerp(output, value, gate.unsqueeze(-1))
     if scale != 1:
         hidden_states = hidden_states.mul_(scale)
-    return hidden_states.to(output.dtype)
+    return hidden_states.to(partial_sum.dtype)
 
 
 def phase_two_forward(
@@ -363,7 +364,7 @@ def phase_two_forward(
     """Phase two: one read's merge of phase one with the partial sum by online softmax.
 
     Args:
-        output (`torch.Tensor`): normalised output of phase one, `[batch, sequence, hidden]`.
+        output (`torch.Tensor`): normalised output of phase one, `[batch, sequence, hidden]`, float32.
         log_sum_exp (`torch.Tensor`): `[batch, sequence]`, float32.
         partial_sum (`torch.Tensor`): `[batch, sequence, hidden]`.
         query (`torch.Tensor`): folded query `[hidden]`, float32.
@@ -371,7 +372,7 @@ def phase_two_forward(
         eps (`float`): epsilon of the RMSNorm on the keys.
 
     Returns:
-        `torch.Tensor`: `[batch, sequence, hidden]` in the dtype of `output`.
+        `torch.Tensor`: `[batch, sequence, hidden]` in the dtype of `partial_sum`.
     """
     hidden = query.shape[0]
     slices = chunks(log_sum_exp.numel(), 2 * hidden)
