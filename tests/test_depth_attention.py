@@ -128,7 +128,7 @@ def test_folded_query_is_float32() -> None:
 @pytest.mark.parametrize("mix", ["mean", "sum"])
 @pytest.mark.parametrize("block_size", [1, 2, 3, 4, 6, 12])
 def test_model_equals_reference(block_size: int, mix: str, implementation: str) -> None:
-    """DESIGN: logits to 1e-5 and gradients to 1e-4 of an independent float64 reference, with non-zero queries."""
+    """Logits to 1e-5 and gradients to 1e-4 of an independent float64 reference, with non-zero queries."""
     backbone = tiny_model("qwen3", num_hidden_layers=6)
     kwargs = dict(block_size=block_size, mix=mix, depth_attention_implementation=implementation)
     model = retrofit(backbone, random_queries=True, **kwargs)
