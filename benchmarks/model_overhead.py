@@ -22,7 +22,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen3Config, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen3Config
 
 from attnres import AttnResConfig, AttnResForCausalLM
 
@@ -88,29 +88,17 @@ def prefill(model: Any, length: int, device: str) -> Callable[[], Any]:
 
 
 def decode(model: Any, length: int, device: str, steps: int = 4) -> Callable[[], Any]:
-    """Some tokens at a context of `length`: a static cache while compiled, as `generate` does, else a dynamic one."""
-    config = getattr(model, "_orig_mod", model).config.get_text_config()
-    is_compiled = hasattr(model, "_orig_mod")
+    """Some tokens at a context of `length`, with a dynamic cache."""
     token = torch.randint(0, 1000, (1, 1), device=device)
-    context = torch.randint(0, 1000, (1, length), device=device)
-    if is_compiled:
-        cache: Any = StaticCache(config=config, max_cache_len=length + steps + 4)
-    else:
-        cache = DynamicCache(config=config)
+    cache = DynamicCache(config=model.config.get_text_config())
     with torch.no_grad():
-        getattr(model, "_orig_mod", model)(context, past_key_values=cache, logits_to_keep=1)
+        model(torch.randint(0, 1000, (1, length), device=device), past_key_values=cache, logits_to_keep=1)
 
     @torch.no_grad()
     def run() -> None:
         for step in range(steps):
-            positions = torch.tensor([[length + step]], device=device)
-            model(token, past_key_values=cache, position_ids=positions)
-        if is_compiled:
-            for layer in cache.layers:
-                if hasattr(layer, "cumulative_length"):
-                    layer.cumulative_length.fill_(length)
-        else:
-            cache.crop(-steps)
+            model(token, past_key_values=cache, position_ids=torch.tensor([[length + step]], device=device))
+        cache.crop(-steps)
 
     return run
 
@@ -160,7 +148,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--task", nargs="+", default=list(TASKS))
     parser.add_argument("--kind", nargs="+", choices=BLOCKS, default=list(BLOCKS))
-    parser.add_argument("--implementation", nargs="+", default=["eager", "two_phase", "two_phase compiled"])
+    parser.add_argument("--implementation", nargs="+", default=["eager", "two_phase"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -174,6 +162,8 @@ def main() -> None:
             for kind in arguments.kind:
                 for implementation in arguments.implementation:
                     base, _, compiled = implementation.partition(" ")
+                    if compiled and task is decode:
+                        continue  # would need a static cache on both sides
                     models = [backbone, make_attnres(backbone, kind, base)]
                     if compiled:
                         torch._dynamo.reset()
