@@ -23,6 +23,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .backbones import REFUSED, SUPPORTED, Backbone
+
 MIXES = ("mean", "sum")
 DEPTH_ATTENTION_IMPLEMENTATIONS = ("eager", "two_phase")
 DEPTH_FIELDS = ("block_size", "num_blocks", "mix", "key_norm_eps", "depth_attention_implementation")
@@ -39,6 +41,24 @@ class AttnResError(ValueError):
 
 class AttnResConfigError(AttnResError):
     """A field of an [`AttnResConfig`] has a value that makes no model."""
+
+
+class UnsupportedBackboneError(AttnResError):
+    """The backbone is of an architecture whose decoder layers cannot be re-wired."""
+
+
+def supported_backbone(model_type: str) -> Backbone:
+    """What is known of an architecture.
+
+    Raises:
+        UnsupportedBackboneError: it cannot be a backbone; the message says why.
+    """
+    if model_type not in SUPPORTED:
+        reason = REFUSED.get(model_type, "its decoder layers have not been looked at")
+        raise UnsupportedBackboneError(
+            f"backbone model_type {model_type!r} is not supported: {reason}. Supported: {', '.join(sorted(SUPPORTED))}."
+        )
+    return SUPPORTED[model_type]
 
 
 class AttnResConfig(PreTrainedConfig):
@@ -127,8 +147,9 @@ class AttnResConfig(PreTrainedConfig):
 
     @property
     def num_sublayers(self) -> int:
-        """`int`: L, one token mixer and one MLP per decoder layer."""
-        return 2 * self.backbone_config.num_hidden_layers
+        """`int`: L, as a rule one token mixer and one MLP per decoder layer; see `backbones.py`."""
+        backbone = SUPPORTED.get(self.backbone_config.model_type, Backbone())
+        return backbone.sublayers_per_layer(self.backbone_config) * self.backbone_config.num_hidden_layers
 
     @property
     def num_reads(self) -> int:
@@ -257,4 +278,4 @@ AttnResConfig.register_for_auto_class()
 if IS_INSTALLED:
     AutoConfig.register(AttnResConfig.model_type, AttnResConfig, exist_ok=True)
 
-__all__ = ["AttnResConfig", "AttnResConfigError", "AttnResError"]
+__all__ = ["AttnResConfig", "AttnResConfigError", "AttnResError", "UnsupportedBackboneError"]

@@ -25,7 +25,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,53 +38,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_attnres import IS_INSTALLED, AttnResConfig, AttnResError
+from .backbones import Backbone
+from .configuration_attnres import (
+    IS_INSTALLED,
+    AttnResConfig,
+    AttnResError,
+    UnsupportedBackboneError,
+    supported_backbone,
+)
 from .depth_attention import DepthAttention, DepthSettings, DepthState, depth_weights, read
-
-
-class UnsupportedBackboneError(AttnResError):
-    """The backbone's decoder layers are not known to split into sublayers correctly."""
-
-
-class Sublayer(NamedTuple):
-    """One sublayer of a decoder layer, by the names of the layer's children."""
-
-    norm: str
-    module: str
-    post_norm: str | None = None
-
-
-PRE_NORM = (
-    Sublayer("input_layernorm", "self_attn"),
-    Sublayer("post_attention_layernorm", "mlp"),
-)
-SANDWICH_NORM = (
-    Sublayer("input_layernorm", "self_attn", "post_attention_layernorm"),
-    Sublayer("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
-)
-
-# The structure of each family's decoder layer. A family is listed only when its layer does exactly what the structure
-# says; equal children are no proof (some layers scale their residuals, or share them).
-DECODER_LAYERS: dict[str, tuple[Sublayer, ...]] = {
-    "deepseek_v3": PRE_NORM,
-    "gemma2": SANDWICH_NORM,
-    "kimi_linear": PRE_NORM,
-    "llama": PRE_NORM,
-    "mistral": PRE_NORM,
-    "mixtral": PRE_NORM,
-    "qwen2": PRE_NORM,
-    "qwen3": PRE_NORM,
-    "qwen3_moe": PRE_NORM,
-}
-
-
-def check_supported(model_type: str) -> None:
-    """Raises [`UnsupportedBackboneError`] unless decoders of this `model_type` can be re-wired."""
-    if model_type not in DECODER_LAYERS:
-        raise UnsupportedBackboneError(
-            f"backbone model_type {model_type!r} is not supported: the structure of its decoder layers is not known "
-            f"to split into sublayers. Supported: {', '.join(sorted(DECODER_LAYERS))}."
-        )
 
 
 @dataclass
@@ -98,8 +60,114 @@ class DepthRecorder:
     depth_attentions: list[torch.Tensor] | None = None
 
 
+class ResidualStream:
+    """What the forward of a decoder layer gets for its `hidden_states`, and cannot tell from the sum it is used to.
+
+    Handed to a child of the layer (a norm, as a rule) it is *read* from depth; adding to it, as in `residual +
+    hidden_states`, *writes* to depth. What is added without a read in between is one write, so a layer whose attention
+    and MLP stand in parallel reads once and writes once. Whatever else is asked of it is asked of what was read.
+
+    Streams are immutable but for remembering what was read: adding returns a new one. They live inside one call of one
+    decoder layer.
+    """
+
+    def __init__(
+        self,
+        layer: AttnResDecoderLayer,
+        depth_query: torch.Tensor,
+        recorder: DepthRecorder | None,
+        state: DepthState,
+        num_written: int,
+        base: torch.Tensor | None = None,
+        output: torch.Tensor | None = None,
+    ):
+        self.layer, self.depth_query, self.recorder = layer, depth_query, recorder
+        self.state, self.num_written = state, num_written
+        self.base = base  # what was read before `output`
+        self.output = output  # what was added since, not yet written
+        self.value: torch.Tensor | None = None
+
+    def settle(self) -> DepthState:
+        """Writes what was added, if anything was."""
+        if self.output is not None:
+            self.num_written += 1
+            closes_block = self.num_written % self.layer.depth_settings.block_size == 0
+            self.state = self.state.write(self.output, closes_block)
+            self.output = None
+        return self.state
+
+    def read(self) -> torch.Tensor:
+        """The read at this point of depth, `[batch, sequence, hidden]`; the same tensor each time."""
+        if self.value is None:
+            state, settings, recorder = self.settle(), self.layer.depth_settings, self.recorder
+            if recorder is not None and recorder.depth_attentions is not None:
+                query = self.depth_query[self.num_written]
+                weights = depth_weights(query, state.sources, state.partial_sum, settings.key_norm_eps)
+                recorder.depth_attentions.append(weights)
+            self.value, self.state = read(self.depth_query, state, self.num_written, settings)
+        return self.value
+
+    def write(self, output: torch.Tensor, base: torch.Tensor | None) -> ResidualStream:
+        return ResidualStream(
+            self.layer, self.depth_query, self.recorder, self.state, self.num_written, base=base, output=output
+        )
+
+    def add(self, output: torch.Tensor) -> ResidualStream:
+        if self.output is not None:
+            return self.write(self.output + output, self.base)
+        return self.write(output, self.read())
+
+    def mul(self, factor: Any) -> ResidualStream:
+        """A scaled stream: written is what makes the difference."""
+        if self.output is not None and self.base is not None:
+            return self.write((self.base + self.output) * factor - self.base, self.base)
+        value = self.read()
+        return self.write(value * factor - value, value)
+
+    __add__ = __radd__ = add
+    __mul__ = __rmul__ = mul
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """What `tensor + stream` and `tensor * stream` come to, and functions of torch that are handed a stream."""
+        if function in STREAM_OPERATORS:
+            stream, other = args if isinstance(args[0], cls) else reversed(args)
+            return stream.add(other) if function is torch.Tensor.add else stream.mul(other)
+        args, kwargs = read_streams(None, args, kwargs or {})
+        return function(*args, **kwargs)
+
+    def to(self, dtype: torch.dtype) -> Any:
+        return self if dtype == self.dtype else self.read().to(dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.state.sources[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.state.sources[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.state.sources[0].device
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.read(), name)
+
+
+STREAM_OPERATORS = (torch.Tensor.add, torch.Tensor.mul)
+
+
+def read_streams(module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Whoever is handed a stream, reads it; a pre-hook of the children of decoder layers."""
+    args = tuple(arg.read() if isinstance(arg, ResidualStream) else arg for arg in args)
+    return args, {name: arg.read() if isinstance(arg, ResidualStream) else arg for name, arg in kwargs.items()}
+
+
 class AttnResDecoderLayer(GradientCheckpointingLayer):
-    """A decoder layer of the backbone, re-wired: its children, under their own names, between reads and writes.
+    """A decoder layer of the backbone whose own forward, unchanged, runs on a [`ResidualStream`].
 
     The backbone's loop hands one value from layer to layer. Into the first layer that is the embedding
     `[batch, sequence, hidden]`, out of the last the output read, of the same shape; between layers it is a flattened
@@ -109,67 +177,52 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
     """
 
     depth_settings: DepthSettings
+    structure: Backbone
     num_sublayers: int
-    sublayers: tuple[Sublayer, ...]
     first_sublayer: int
-    cache_argument: str
+    next_sublayer: int
+    argument_names: tuple[str, ...]
 
-    def __call__(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs |= zip(self.argument_names, args)
+        hidden_states = kwargs.pop(self.argument_names[0])
+        depth_query = kwargs.pop("depth_query", None)
+        if depth_query is None:
+            raise AttnResError(
+                f"{type(self).__name__} with sublayer {self.first_sublayer} was called outside of an AttnResModel or "
+                "AttnResForCausalLM; call the model, or its `backbone` through it."
+            )
         # Tensors that need gradients travel as positional arguments, which re-entrant checkpointing asks for.
         state = (hidden_states,) if isinstance(hidden_states, torch.Tensor) else tuple(hidden_states)
-        depth_query = kwargs.pop("depth_query", None)
-        if args or depth_query is None:
-            raise AttnResError(
-                f"{type(self).__name__} {self.first_sublayer // len(self.sublayers)} was called outside of an "
-                "AttnResModel or AttnResForCausalLM; call the model, or its `backbone` through it."
-            )
         return super().__call__(*state, depth_query, **kwargs)
 
     def forward(
         self, *state_and_query: torch.Tensor, depth_recorder: DepthRecorder | None = None, **kwargs: Any
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    ) -> Any:
         *tensors, depth_query = state_and_query
-        block_size = self.depth_settings.block_size
-        num_written = self.first_sublayer
-        state = DepthState.unflatten(tuple(tensors), num_written, block_size)
+        state = DepthState.unflatten(tuple(tensors), self.first_sublayer, self.depth_settings.block_size)
+        entering = ResidualStream(self, depth_query, depth_recorder, state, self.first_sublayer)
+        if depth_recorder is not None:
+            depth_recorder.hidden_states.append(entering.read())
 
-        for sublayer in self.sublayers:
-            hidden_states, state = self.read(depth_query, state, num_written, depth_recorder)
-            if depth_recorder is not None and num_written == self.first_sublayer:
-                depth_recorder.hidden_states.append(hidden_states)
-            output = self.apply_sublayer(sublayer, hidden_states, kwargs)
-            num_written += 1
-            state = state.write(output, closes_block=num_written % block_size == 0)
+        outputs = super().forward(entering, **kwargs)
 
-        if num_written == self.num_sublayers:
-            return self.read(depth_query, state, num_written, depth_recorder)[0]
-        return state.flatten()
-
-    def read(
-        self, depth_query: torch.Tensor, state: DepthState, num_written: int, depth_recorder: DepthRecorder | None
-    ) -> tuple[torch.Tensor, DepthState]:
-        if depth_recorder is not None and depth_recorder.depth_attentions is not None:
-            depth_recorder.depth_attentions.append(
-                depth_weights(
-                    depth_query[num_written], state.sources, state.partial_sum, self.depth_settings.key_norm_eps
-                )
+        leaving = outputs[0] if isinstance(outputs, tuple) else outputs
+        if self.structure.replaces_stream and isinstance(leaving, torch.Tensor):
+            leaving = entering + (leaving - entering.read())
+        if not isinstance(leaving, ResidualStream):
+            raise UnsupportedBackboneError(f"{type(self).__name__} returns something else than its residual stream.")
+        state = leaving.settle()
+        if leaving.num_written != self.next_sublayer:
+            raise UnsupportedBackboneError(
+                f"{type(self).__name__} wrote {leaving.num_written - self.first_sublayer} times to its residual "
+                f"stream; {self.next_sublayer - self.first_sublayer} times were expected."
             )
-        return read(depth_query, state, num_written, self.depth_settings)
-
-    def apply_sublayer(self, sublayer: Sublayer, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        hidden_states = getattr(self, sublayer.norm)(hidden_states)
-        module = getattr(self, sublayer.module)
-        if sublayer is self.sublayers[0]:
-            if self.cache_argument != "past_key_values":
-                kwargs = {self.cache_argument if k == "past_key_values" else k: v for k, v in kwargs.items()}
-            output = module(hidden_states=hidden_states, **kwargs)
-        else:
-            output = module(hidden_states)
-        hidden_states = output[0] if isinstance(output, tuple) else output
-        return getattr(self, sublayer.post_norm)(hidden_states) if sublayer.post_norm else hidden_states
+        hidden_states = leaving.read() if leaving.num_written == self.num_sublayers else state.flatten()
+        return (hidden_states, *outputs[1:]) if isinstance(outputs, tuple) else hidden_states
 
     def extra_repr(self) -> str:
-        return f"(reads): {self.first_sublayer}-{self.first_sublayer + len(self.sublayers) - 1}"
+        return f"(reads): {self.first_sublayer}-{self.next_sublayer - 1}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _new_decoder_layer, (type(self).__bases__[1],), self.__dict__
@@ -190,27 +243,26 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
     """Turns the decoder layers of `backbone` into [`AttnResDecoderLayer`]s, in place; no parameter is touched.
 
     Raises:
-        UnsupportedBackboneError: the family, or the structure found in a layer, is not known.
+        UnsupportedBackboneError: the family is not supported.
     """
-    check_supported(config.backbone_config.model_type)
-    sublayers = DECODER_LAYERS[config.backbone_config.model_type]
-    expected = {name for sublayer in sublayers for name in sublayer if name is not None}
+    structure = supported_backbone(config.backbone_config.model_type)
+    decoder = backbone.base_model
+    layers: Any = getattr(decoder, "model", decoder).get_submodule(structure.layers)  # Llama 4 names its base otherwise
+    sublayers = config.num_sublayers // len(layers)
     renamed: dict[str, str] = {}
-    layers: Any = backbone.base_model.layers
     for index, layer in enumerate(layers):
-        if (found := {name for name, _ in layer.named_children()}) != expected:
-            raise UnsupportedBackboneError(
-                f"decoder layer {index} of backbone {type(backbone).__name__} is a {type(layer).__name__} with the "
-                f"children {sorted(found)}; {sorted(expected)} were expected, so it cannot be split into sublayers."
-            )
-        mixer = inspect.signature(getattr(layer, sublayers[0].module).forward).parameters
-        renamed[type(layer).__name__] = f"AttnRes{type(layer).__name__}"
-        layer.__class__ = _decoder_layer_class(type(layer))  # type: ignore[arg-type]
+        layer_class = type(layer)
+        renamed[layer_class.__name__] = f"AttnRes{layer_class.__name__}"
+        layer.__class__ = _decoder_layer_class(layer_class)  # type: ignore[arg-type]
         layer.depth_settings = DepthSettings.of(config)
+        layer.structure = structure
         layer.num_sublayers = config.num_sublayers
-        layer.sublayers = sublayers
-        layer.first_sublayer = index * len(sublayers)
-        layer.cache_argument = "cache_params" if "cache_params" in mixer else "past_key_values"
+        layer.first_sublayer = index * sublayers
+        layer.next_sublayer = (index + 1) * sublayers
+        layer.argument_names = tuple(inspect.signature(layer_class.forward).parameters)[1:]
+        for child in layer.children():
+            for module in child if isinstance(child, nn.ModuleList) else (child,):
+                module.register_forward_pre_hook(read_streams, with_kwargs=True)
     for module in backbone.modules():  # device maps and FSDP find layers by the name of their class
         if isinstance(module, PreTrainedModel):
             module._no_split_modules = {renamed.get(name, name) for name in module._no_split_modules or ()}
@@ -231,7 +283,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
     backbone: Any  # a `PreTrainedModel`, with what its architecture adds
     depth_attention: DepthAttention
 
-    def __init__(self, config: AttnResConfig, auto_class: Any):
+    def __init__(self, config: AttnResConfig, auto_class: Any, backbone_name: str | None = "backbone"):
         # By name: the copies of the class that come with checkpoints are other classes.
         if getattr(config, "model_type", None) != AttnResConfig.model_type:
             raise AttnResError(
@@ -240,9 +292,10 @@ class AttnResPreTrainedModel(PreTrainedModel):
             )
         config.validate_depth_attention()
         super().__init__(config)
-        check_supported(config.backbone_config.model_type)
-        self.backbone = auto_class.from_config(config.backbone_config)
-        rewire(self.backbone, config)
+        supported_backbone(config.backbone_config.model_type)
+        backbone = auto_class.from_config(config.backbone_config)
+        rewire(backbone, config)
+        self.add_module(backbone_name or backbone.base_model_prefix, backbone)
         self.depth_attention = DepthAttention(config)
         self.post_init()
 
@@ -320,7 +373,12 @@ class AttnResModel(AttnResPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: AttnResConfig):
-        super().__init__(config, AutoModel)
+        # Under the name it has inside of the backbone with a head, so that tensors have the same names on disk.
+        super().__init__(config, AutoModel, backbone_name=None)
+
+    @property
+    def backbone(self) -> Any:
+        return next(module for name, module in self.named_children() if name != "depth_attention")
 
     @can_return_tuple
     def forward(
@@ -441,16 +499,10 @@ register_checkpoint_conversion_mapping(
     [WeightRenaming(r"^(?!backbone\.|depth_attention\.)(.+)", r"backbone\.\1")],
     overwrite=True,
 )
-register_checkpoint_conversion_mapping(
-    "AttnResModel",
-    [WeightRenaming(r"^model\.(.+)", r"backbone\.\1")],
-    overwrite=True,
-)
-
 AttnResModel.register_for_auto_class("AutoModel")
 AttnResForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 if IS_INSTALLED:
     AutoModel.register(AttnResConfig, AttnResModel, exist_ok=True)
     AutoModelForCausalLM.register(AttnResConfig, AttnResForCausalLM, exist_ok=True)
 
-__all__ = ["AttnResForCausalLM", "AttnResModel", "AttnResPreTrainedModel", "UnsupportedBackboneError"]
+__all__ = ["AttnResForCausalLM", "AttnResModel", "AttnResPreTrainedModel"]

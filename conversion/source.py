@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..configuration_attnres import AttnResConfig, AttnResError
-from ..modeling_attnres import check_supported
+from ..configuration_attnres import AttnResConfig, AttnResError, supported_backbone
 
 # What comes along with the weights, as it is: tokenizer (with its code, if it has any), chat template, generation
 # config and licence. A model card does not: it describes another model.
@@ -164,7 +163,7 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         raise ConversionError(f"{config_file}: model_type={model_type!r}; a string was expected.")
     if model_type == AttnResConfig.model_type:
         raise ConversionError(f"{directory} is an AttnRes checkpoint already; there is nothing to convert.")
-    check_supported(model_type)
+    supported_backbone(model_type)
     architectures = config_dict.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ConversionError(f"{config_file}: architectures={architectures!r}; a list of class names was expected.")

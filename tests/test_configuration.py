@@ -136,7 +136,7 @@ def test_round_trip_without_the_package(tmp_path: Path) -> None:
         {path.name: path.read_text() for path in (tmp_path / name).iterdir()} for name in ("first", "second")
     )
     assert first == second
-    assert set(first) == {"config.json", "configuration_attnres.py"}
+    assert set(first) == {"backbones.py", "config.json", "configuration_attnres.py"}
 
 
 NONSENSE: list[tuple[str, dict[str, Any], str]] = [

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny import FAMILIES, VOCAB_SIZE, random_tokens, randomize, retrofit, tiny_config, tiny_model
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Qwen3ForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from attnres import AttnResConfig, AttnResError, AttnResForCausalLM, AttnResModel
-from attnres.modeling_attnres import UnsupportedBackboneError
+from attnres.configuration_attnres import UnsupportedBackboneError
 
 MOE_FAMILIES = ["mixtral", "qwen3_moe"]
 
@@ -302,7 +303,7 @@ def test_saved_code_and_auto_map(tmp_path: Path) -> None:
         assert set(reloaded.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
         assert (tmp_path / type(saved).__name__ / "configuration_attnres.py").is_file()
     code = {path.name for path in (tmp_path / "AttnResForCausalLM").glob("*.py")}
-    assert code == {"configuration_attnres.py", "modeling_attnres.py", "depth_attention.py"}
+    assert code == {"backbones.py", "configuration_attnres.py", "modeling_attnres.py", "depth_attention.py"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -392,22 +393,36 @@ def test_another_configuration_is_refused() -> None:
         AttnResForCausalLM(tiny_config("qwen3"))
 
 
-def test_unknown_family_is_refused_by_name() -> None:
-    config = AttnResConfig(backbone_config=dict(model_type="gpt2", n_layer=2, n_embd=32, n_head=2))
-    with pytest.raises(UnsupportedBackboneError, match="'gpt2' is not supported.*qwen3"):
+def test_refused_family_is_refused_by_name() -> None:
+    config = AttnResConfig(backbone_config=dict(model_type="opt", num_hidden_layers=2))
+    with pytest.raises(UnsupportedBackboneError, match="'opt' is not supported: its decoder layers reshape.*qwen3"):
         AttnResForCausalLM(config)
 
 
-def test_unexpected_structure_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = Qwen3ForCausalLM.__init__
+class OtherLayer(Qwen3DecoderLayer):
+    use = "adds once more"
 
-    def build_with_extra_norm(self: Qwen3ForCausalLM, config: Any) -> None:
-        build(self, config)
-        self.model.layers[2].extra_norm = torch.nn.LayerNorm(4)
+    def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
+        output = super().forward(hidden_states, **kwargs)
+        if self.use == "adds once more":
+            return output + self.mlp(output)
+        return self.mlp(output)
 
-    monkeypatch.setattr(Qwen3ForCausalLM, "__init__", build_with_extra_norm)
-    with pytest.raises(UnsupportedBackboneError, match="decoder layer 2 .*Qwen3DecoderLayer.*extra_norm"):
-        AttnResForCausalLM(AttnResConfig(backbone_config=tiny_config("qwen3")))
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        ("adds once more", "AttnResOtherLayer wrote 3 times to its residual stream; 2 times were expected"),
+        ("returns another tensor", "AttnResOtherLayer returns something else than its residual stream"),
+    ],
+)
+def test_layers_that_do_something_else_are_refused(use: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a later release of a family might."""
+    monkeypatch.setattr(OtherLayer, "use", use)
+    monkeypatch.setattr("transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer", OtherLayer)
+    model = AttnResForCausalLM(AttnResConfig(backbone_config=tiny_config("qwen3")))
+    with pytest.raises(UnsupportedBackboneError, match=message):
+        model(random_tokens())
 
 
 def test_backbone_alone_says_how_to_call_it() -> None:

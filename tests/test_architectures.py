@@ -1,0 +1,134 @@
+"""Every causal language model of Transformers: right, or refused by name. One row a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import random_tokens, randomize, tiny_model
+from transformers import AutoModelForCausalLM
+
+from attnres import AttnResForCausalLM, convert
+from attnres.backbones import REFUSED, SUPPORTED
+from attnres.configuration_attnres import UnsupportedBackboneError, supported_backbone
+from attnres.modeling_attnres import AttnResDecoderLayer
+
+# Whose own cached decoding differs from their own full forward at this size, without attnres; only that the two agree
+# can be tested.
+CACHE_DIFFERS = {"bamba", "minimax"}
+# Whose own layers cannot be offloaded, without attnres.
+OFFLOADING_FAILS = {"jetmoe", "longcat_flash"}
+
+
+def tensor_names(directory: Path) -> set[str]:
+    names: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names.update(file.keys())
+    return names
+
+
+@torch.no_grad()
+def decode(model: Any, input_ids: torch.Tensor, prefilled: int = 9) -> torch.Tensor:
+    """Logits of a prefill and of one token at a time after it."""
+    outputs = model(input_ids[:, :prefilled], use_cache=True)
+    logits = [outputs.logits]
+    for position in range(prefilled, input_ids.shape[1]):
+        cache = {"past_key_values": outputs.past_key_values}
+        outputs = model(input_ids[:, position : position + 1], use_cache=True, **cache)
+        logits.append(outputs.logits)
+    return torch.cat(logits, dim=1)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_every_architecture_has_been_looked_at(name: str) -> None:
+    if name in SUPPORTED:
+        assert supported_backbone(name) == SUPPORTED[name]
+        assert name not in REFUSED
+    else:
+        assert name in REFUSED
+        with pytest.raises(UnsupportedBackboneError, match=f"{name!r} is not supported: {REFUSED[name]}"):
+            supported_backbone(name)
+
+
+def test_the_table_names_nothing_else() -> None:
+    assert {*SUPPORTED, *REFUSED} == set(architectures.ARCHITECTURES)
+
+
+def test_the_page_is_fresh() -> None:
+    assert architectures.PAGE.read_text(encoding="utf-8") == architectures.page(), "run python tests/architectures.py"
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_architecture(name: str, tmp_path: Path) -> None:
+    backbone = tiny_model(name)
+    input_ids = random_tokens()
+    with torch.no_grad():
+        expected = backbone(input_ids).logits
+    assert expected.std() > 1e-3  # an initialisation that lets differences show
+
+    # The converter compares source and result, logit by logit.
+    backbone.save_pretrained(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "converted", num_blocks=3)
+    assert report.num_blocks in (2, 3)
+
+    # Names on disk are the backbone's; nothing is missing or left over; saved again, the names stay.
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", output_loading_info=True)
+    assert isinstance(model, AttnResForCausalLM)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    names = tensor_names(tmp_path / "converted")
+    assert names == tensor_names(tmp_path / "source") | {"depth_attention.query", "depth_attention.key_norm"}
+    model.save_pretrained(tmp_path / "saved")
+    assert tensor_names(tmp_path / "saved") == names
+
+    # Lossless, also token by token.
+    model.eval()
+    with torch.no_grad():
+        close(model(input_ids).logits, expected)
+    close(decode(model, input_ids), decode(backbone, input_ids))
+
+    # With depth weights of their own, decoding with a cache equals the full forward.
+    randomize(model)
+    with torch.no_grad():
+        mixed = model(input_ids).logits
+    assert (mixed - expected).abs().max() > 1e-3
+    if name not in CACHE_DIFFERS:
+        close(decode(model, input_ids), mixed)
+
+    if name not in OFFLOADING_FAILS:
+        close(dispatched(model, tmp_path)(input_ids).logits, mixed)
+
+    # Gradients reach every query but the first, which has one source to choose from.
+    model.train()
+    model.gradient_checkpointing_enable()
+    model(input_ids, labels=input_ids).loss.backward()
+    gradient = model.depth_attention.query.grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+    assert gradient[1:].any(dim=-1).all()
+
+
+@torch.no_grad()
+def dispatched(model: Any, directory: Path) -> Any:
+    """The model from disk, its layers dispatched to memory and, as not all of them fit, back to disk."""
+    model.save_pretrained(directory / "random")
+    layers = [module for module in model.modules() if isinstance(module, AttnResDecoderLayer)]
+    smallest = min(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers)
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    result = AutoModelForCausalLM.from_pretrained(
+        directory / "random",
+        device_map="auto",
+        max_memory={"cpu": total - smallest // 2},
+        offload_folder=directory / "offloaded",
+    )
+    assert "disk" in result.hf_device_map.values()
+    return result.eval()
