@@ -6,6 +6,6 @@
 """
 
 from .card import CardError, build_card, update_card
-from .push import Check, PushError, preflight, push
+from .hub import Check, PushError, preflight, push
 
 __all__ = ["CardError", "Check", "PushError", "build_card", "preflight", "push", "update_card"]

@@ -10,13 +10,14 @@ import html
 import json
 import os
 import re
-import tempfile
+import shutil
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError, safe_open
@@ -36,6 +37,8 @@ TO_FILL_IN = re.compile(r"\[To fill in: ([^\]]*)\]")
 MAX_CARD_BYTES = 2**20
 INHERITED = ("license", "license_name", "license_link", "language", "base_model")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+LOCAL_PATH = re.compile(r"(?<![\w:/.~])(?:[.~]{0,2}(?:/[\w.@+-]+){2,}|[A-Za-z]:(?:\\{1,2}[\w.@+-]+)+)")
 
 REGION = re.compile(r"<!-- attnres:(\w+):start -->(.*?)<!-- attnres:\1:end -->", re.DOTALL)
 MARKER = re.compile(r"<!-- attnres:\w+:(?:start|end) -->")
@@ -97,7 +100,7 @@ def build_card(
         )
     try:
         depth = AttnResConfig.from_dict(config)
-    except (AttnResError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CardError(f"{directory / 'config.json'} makes no configuration: {error}") from error
     name = name or (repo_id or directory.resolve().name).split("/")[-1]
     metadata = dict(inherited or {})
@@ -160,7 +163,7 @@ def update_card(
     path = Path(checkpoint) / CARD
     fresh = build_card(checkpoint, results, repo_id=repo_id)
     kept = {name for name, given in (("evaluation", results), ("loading", repo_id)) if given is None}
-    write_text(path, _merge(path, fresh, kept) if path.exists() else str(fresh))
+    _write(path, _merge(path, fresh, kept) if path.exists() else str(fresh))
     return path
 
 
@@ -186,30 +189,20 @@ def inherited_metadata(source: Path) -> dict[str, Any]:
     return inherited
 
 
-def write_text(path: Path, text: str) -> None:
+def _write(path: Path, text: str) -> None:
     """Writes a file at once or not at all, its line ends as they are."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        mode = path.stat().st_mode if path.exists() else 0o666 & ~_umask()
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", newline="", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            try:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, mode & 0o777)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise CardError(f"{path} cannot be written: {error}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # -- updating an existing card -----------------------------------------------------------------------------------------
@@ -260,7 +253,7 @@ def _check_markers(path: Path, body: str) -> None:
 
 
 def _merge_metadata(path: Path, head: str, fresh: ModelCard, replace_index: bool) -> str:
-    """Adds what is missing to the YAML `head` and replaces its model index, as text: comments, order and quotes stay."""
+    """Adds to the YAML `head` what it lacks and replaces its model index, as text: comments, order and quotes stay."""
     try:
         old = yaml.safe_load(head) or {}
         new = fresh.data.to_dict()
@@ -324,12 +317,8 @@ def _text(value: Any) -> str:
 
 
 def _public(value: Any) -> str:
-    """A value as inline Markdown, without the directories of the machine that it was measured on."""
-    if isinstance(value, str):
-        for path_type in (PurePosixPath, PureWindowsPath):
-            if (path := path_type(value)).is_absolute() or value.startswith((".", "~")):
-                value = path.name
-    return _text(value)
+    """A value as inline Markdown, and of the paths in it, which tell of the machine, the last part only."""
+    return _text(LOCAL_PATH.sub(lambda path: re.split(r"[/\\\\]", path.group())[-1], str(value)))
 
 
 def _join(values: Any, link: bool = False) -> str:

@@ -23,7 +23,9 @@ LFS_BYTES = 1_000_000  # larger files go through LFS, and weights of any size
 PART_BYTES = 1_000_000  # larger objects are sent in parts
 
 
-class Refused(Exception):
+class RefusedError(Exception):
+    """What a request is answered with instead."""
+
     def __init__(self, status: int, message: str, code: str | None = None, **body: Any) -> None:
         self.status, self.message, self.code, self.body = status, message, code, body
 
@@ -61,7 +63,7 @@ class Repository:
     def resolve(self, revision: str) -> str:
         oid = self.refs.get(revision, revision)
         if oid not in self.commits:
-            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return oid
 
 
@@ -96,10 +98,10 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def add(self, repo_id: str, private: bool = False, **files: bytes) -> Repository:
-        """A repository that is there already; in file names `__` stands for a dot."""
-        repository = self.repositories[repo_id] = Repository(private)
-        added = {name.replace("__", "."): File(content, is_lfs=False) for name, content in files.items()}
+    def add(self, repo_id: str, files: dict[str, bytes] | None = None) -> Repository:
+        """A public repository that is there already."""
+        repository = self.repositories[repo_id] = Repository()
+        added = {name: File(content, name.endswith(".safetensors")) for name, content in (files or {}).items()}
         repository.refs["main"] = repository.commit(added, "files")
         return repository
 
@@ -131,14 +133,14 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self._chunked() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
         try:
             if fault is not None:
-                raise Refused(fault.status or 500, "this is a test")
+                raise RefusedError(fault.status or 500, "this is a test")
             for pattern, method in ROUTES:
                 if (match := re.fullmatch(pattern, request)) is not None:
                     with self.hub.lock:
                         getattr(self, method)(*match.groups())
                     return
-            raise Refused(404, f"no route for {request}")
-        except Refused as refused:
+            raise RefusedError(404, f"no route for {request}")
+        except RefusedError as refused:
             headers = {"X-Error-Message": refused.message} | ({"X-Error-Code": refused.code} if refused.code else {})
             self.reply({"error": refused.message, **refused.body}, refused.status, headers)
 
@@ -173,20 +175,20 @@ class Handler(BaseHTTPRequestHandler):
     def user(self) -> str | None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in TOKENS:
-            raise Refused(401, "Invalid credentials in Authorization header")
+            raise RefusedError(401, "Invalid credentials in Authorization header")
         return TOKENS.get(token)
 
     def repository(self, repo_id: str) -> Repository:
         user = self.user()
         repository = self.hub.repositories.get(repo_id)
         if repository is None or (repository.private and user != repo_id.split("/")[0]):
-            raise Refused(404, "Repository not found", "RepoNotFound")
+            raise RefusedError(404, "Repository not found", "RepoNotFound")
         return repository
 
     def owned(self, repo_id: str) -> Repository:
         repository = self.repository(repo_id)
         if self.user() != repo_id.split("/")[0]:
-            raise Refused(403, f"You have no write access to {repo_id}")
+            raise RefusedError(403, f"You have no write access to {repo_id}")
         return repository
 
     # -- routes ------------------------------------------------------------------------------------------------------
@@ -194,13 +196,13 @@ class Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         user, owner, name = self.user(), self.json["organization"], self.json["name"]
         if not self.headers.get("Authorization"):
-            raise Refused(401, "Invalid username or password.")
+            raise RefusedError(401, "Invalid username or password.")
         repo_id = f"{owner or user}/{name}"
         url = f"{self.hub.url}/{repo_id}"
         if user != repo_id.split("/")[0]:
-            raise Refused(403, f"You don't have the rights to create a model under the namespace {owner!r}")
+            raise RefusedError(403, f"You don't have the rights to create a model under the namespace {owner!r}")
         if repo_id in self.hub.repositories:
-            raise Refused(409, "You already created this model repo", url=url)
+            raise RefusedError(409, "You already created this model repo", url=url)
         self.hub.repositories[repo_id] = Repository(self.json.get("visibility") == "private")
         self.reply({"url": url, "name": repo_id})
 
@@ -226,33 +228,23 @@ class Handler(BaseHTTPRequestHandler):
     def branch(self, repo_id: str, name: str) -> None:
         repository = self.owned(repo_id)
         if name in repository.refs:
-            raise Refused(409, "Reference already exists")
+            raise RefusedError(409, "Reference already exists")
         repository.refs[name] = repository.refs["main"]
         self.reply({})
 
     def discuss(self, repo_id: str) -> None:
         repository = self.repository(repo_id)
         if self.user() is None:
-            raise Refused(403, "You need to be logged in")
+            raise RefusedError(403, "You need to be logged in")
         number = 1 + sum(name.startswith("refs/pr/") for name in repository.refs)
         repository.refs[f"refs/pr/{number}"] = repository.refs["main"]
         self.reply({"num": number})
 
     def discussion(self, repo_id: str, number: str) -> None:
-        date = "2026-01-01T00:00:00.000Z"
-        changes = {"base": "refs/heads/main", "mergeCommitId": None}
-        common = {"num": int(number), "title": "title", "status": "draft", "author": {"name": "user"}}
-        self.reply(
-            common
-            | {
-                "isPullRequest": True,
-                "createdAt": date,
-                "events": [],
-                "changes": changes,
-                "diff": "",
-                "filesWithConflicts": [],
-            }
-        )
+        what = {"num": int(number), "title": "title", "status": "draft", "createdAt": "2026-01-01T00:00:00.000Z"}
+        what |= {"repo": {"name": repo_id, "type": "model"}, "author": {"name": "user"}, "events": []}
+        pull_request = {"changes": {"base": "refs/heads/main"}, "filesWithConflicts": [], "diff": ""}
+        self.reply({**what, "isPullRequest": True, **pull_request})
 
     def preupload(self, repo_id: str, revision: str) -> None:
         repository = self.repository(repo_id) if revision.startswith("refs/pr/") else self.owned(repo_id)
@@ -293,13 +285,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def keep(self, oid: str, content: bytes) -> None:
         if hashlib.sha256(content).hexdigest() != oid:
-            raise Refused(400, "content and oid differ")
+            raise RefusedError(400, "content and oid differ")
         self.hub.uploads[oid] += 1
         self.hub.objects[oid] = content
 
     def lfs_verify(self, oid: str) -> None:
         if len(self.hub.objects.get(oid, b"")) != self.json["size"]:
-            raise Refused(404, "object not found")
+            raise RefusedError(404, "object not found")
         self.reply({})
 
     def commit(self, repo_id: str, revision: str) -> None:
@@ -315,7 +307,7 @@ class Handler(BaseHTTPRequestHandler):
             elif operation["key"] == "lfsFile" and value["oid"] in self.hub.objects:
                 files[value["path"]] = File(self.hub.objects[value["oid"]], is_lfs=True)
             else:
-                raise Refused(400, f"cannot commit {operation['key']} {value['path']}")
+                raise RefusedError(400, f"cannot commit {operation['key']} {value['path']}")
         oid = repository.commit(files, header["value"]["summary"])
         repository.refs[revision] = oid
         url = f"{self.hub.url}/{repo_id}"
@@ -326,7 +318,7 @@ class Handler(BaseHTTPRequestHandler):
         oid = repository.resolve(revision)
         file = repository.commits[oid].get(path)
         if file is None:
-            raise Refused(404, "Entry not found", "EntryNotFound")
+            raise RefusedError(404, "Entry not found", "EntryNotFound")
         headers = {"X-Repo-Commit": oid, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
         if file.is_lfs:
             headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.content))}

@@ -37,19 +37,22 @@ WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.js
 PICKLE_NAMES = re.compile(r"\.(bin|ckpt|dill|joblib|pickle|pkl|pt|pth)$", re.IGNORECASE)
 PICKLE_START = re.compile(rb"\x80[\x02-\x05]")
 
-# What no file to be shared may hold. Only the first characters of a secret are ever shown.
+# What no file to be shared may hold. Of a secret only the first characters are ever shown. Each pattern starts with a
+# letter or two of its own where it can: that is what makes searching fast.
+PATH, TOKEN = "a path of this machine", "your Hub token"
 PRIVATE = {
-    "a path of this machine": rb"/(?:home|Users)/[\w.-]+/[\w.-]|/root/[\w.-]|\b[A-Za-z]:(?:\\{1,2}|/)Users(?:\\{1,2}|/)\w",
-    "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}\b",
-    "an AWS access key": rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{40,})\b",
-    "a GitLab token": rb"\bglpat-[\w-]{20,}",
-    "an OpenAI or Anthropic key": rb"\bsk-(?:ant-|proj-)?[A-Za-z0-9_-]{32,}",
-    "a Google API key": rb"\bAIza[\w-]{35}\b",
-    "a Slack token": rb"\bxox[abprs]-[\w-]{10,}",
-    "a Weights & Biases key": rb"(?i:wandb_api_key|api\.wandb\.ai)\W.{0,80}\b[0-9a-f]{40}\b",
+    PATH: rb"/(?<![\w.-]/)(?:home|Users|mnt|media|scratch|workspace)\\?/[\w.-]+\\?/[\w.-]|/(?<![\w.-]/)root\\?/[\w.-]"
+    rb"|:(?<=\b[A-Za-z]:)(?:\\{1,2}|/)Users(?:\\{1,2}|/)\w",
+    "a Hugging Face token": rb"hf_[A-Za-z0-9]{30,}\b",
+    "an AWS access key": rb"A(?:KIA|SIA)[0-9A-Z]{16}\b",
+    "a GitHub token": rb"g(?:h[pousr]_[A-Za-z0-9]{36,}|ithub_pat_\w{40,})\b",
+    "a GitLab token": rb"glpat-[\w-]{20,}",
+    "an OpenAI or Anthropic key": rb"sk-(?<!\wsk-)(?:ant-|proj-)?[A-Za-z0-9_-]{32,}",
+    "a Google API key": rb"AIza[\w-]{35}\b",
+    "a Slack token": rb"xox[abprs]-[\w-]{10,}",
+    "a Weights & Biases key": rb"(?:WANDB_API_KEY|wandb_api_key|api\.wandb\.ai)\W.{0,80}\b[0-9a-f]{40}\b",
     "a private key": rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
-    "a password in an address": rb"\b[a-z][a-z0-9+.-]*://[^\s/:@\"']+:[^\s/:@\"']+@",
+    "a password in an address": rb"://[^\s/:@\"']+:[^\s/:@\"']+@",
 }
 
 # The model as anybody else will load it: from these files alone, without this package, the network or a token.
@@ -205,18 +208,23 @@ def _find(checkpoint: str | os.PathLike) -> Path:
     return directory
 
 
+def _names(directory: Path) -> list[str]:
+    """What lies below the directory, without what is never uploaded."""
+    names = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")))
+    return list(filter_repo_objects(names, ignore_patterns=IGNORED))
+
+
 def _files(directory: Path) -> list[str]:
     """What the client uploads, relative to the directory."""
-    paths = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file())
-    return list(filter_repo_objects(paths, ignore_patterns=IGNORED))
+    return [name for name in _names(directory) if (directory / name).is_file()]
 
 
 def _check_files(directory: Path, files: list[str]) -> str:
     wrong = []
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
+    for name in _names(directory):
+        path = directory / name
         if path.is_symlink():
-            target = path.resolve()
+            target = Path(os.path.realpath(path))
             if not target.is_relative_to(directory):
                 wrong.append(f"{name} is a link that leaves the directory")
             elif not target.is_file():
@@ -236,11 +244,16 @@ def _check_pickles(directory: Path, files: list[str]) -> str:
 
 
 def _is_pickle(path: Path) -> bool:
+    if path.suffix == ".safetensors":  # its first bytes are a length, and any length is allowed
+        return False
     with path.open("rb") as file:
         start = file.read(2)
     if start == b"PK" and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith(".pkl") for name in archive.namelist())
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith(".pkl") for name in archive.namelist())
+        except zipfile.BadZipFile as error:
+            raise PushError(f"{path.name} is an archive that cannot be read ({error}); mend or remove it.") from error
     return PICKLE_START.match(start) is not None
 
 
@@ -249,7 +262,8 @@ def _check_weights(directory: Path, files: list[str]) -> str:
     if config.get("model_type") != AttnResConfig.model_type:
         raise PushError(f"config.json has model_type={config.get('model_type')!r}; an AttnRes checkpoint was expected.")
     code = config.get("auto_map")
-    modules = [f"{value.split('.')[0]}.py" for value in code.values()] if isinstance(code, dict) else []
+    classes = [name for name in code.values() if isinstance(name, str)] if isinstance(code, dict) else []
+    modules = [f"{name.split('.')[0]}.py" for name in classes]
     if missing := [name for name in modules or ["modeling_attnres.py"] if name not in files]:
         raise PushError(f"config.json loads its model from {missing[0]}, which is not there; convert or save it again.")
     shards, tensors = read_index(directory)
@@ -279,20 +293,18 @@ def _check_card(directory: Path, files: list[str]) -> str:
 
 
 def _check_private(directory: Path, files: list[str]) -> str:
-    places = {str(directory), str(Path.home()), os.getcwd(), tempfile.gettempdir()} - {"/"}
-    known = {"a path of this machine": {f"{place}{os.sep}" for place in places}, "your Hub token": {get_token()}}
-    patterns = {kind: re.compile(pattern) for kind, pattern in PRIVATE.items()}
-    for kind, values in known.items():
-        if values := {re.escape(value.encode()) for value in values if value}:
-            also = b"|".join(sorted(values))
-            patterns[kind] = re.compile(b"|".join([patterns[kind].pattern, also]) if kind in patterns else also)
+    places = [place for place in (directory, Path.home(), Path.cwd()) if len(place.parts) > 2]
+    own = {PATH: [str(place) + os.sep for place in places], TOKEN: [token] if (token := get_token()) else []}
+    searches = [(kind, re.compile(pattern)) for kind, pattern in PRIVATE.items()]
+    searches += [(kind, re.compile(re.escape(value.encode()))) for kind, values in own.items() for value in values]
     wrong = []
     for name in files:
         with _searchable(directory / name) as content:
-            for kind, pattern in patterns.items():
+            for kind, pattern in searches:
                 if (match := pattern.search(content)) is not None:
+                    found = match.group().decode("utf-8", "replace")
                     line = content[: match.start()].count(b"\n") + 1
-                    wrong.append(f"{name}, line {line}: {kind} ({_glimpse(match.group(), secret='path' not in kind)})")
+                    wrong.append(f"{name}, line {line}: {kind} ({found if kind == PATH else found[:6] + '...'})")
     if wrong:
         raise PushError(f"{_first(wrong)}; remove it, and revoke a secret that was shared before.")
     return "no paths of this machine, no secrets"
@@ -301,23 +313,19 @@ def _check_private(directory: Path, files: list[str]) -> str:
 @contextmanager
 def _searchable(path: Path) -> Iterator[Any]:
     """The bytes of a file, of weights only the header."""
+    size = path.stat().st_size
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
-            yield file.read(int.from_bytes(file.read(8), "little"))
-        elif path.stat().st_size == 0:
+            yield file.read(min(int.from_bytes(file.read(8), "little"), size))
+        elif size == 0:
             yield b""
         else:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 yield content
 
 
-def _glimpse(found: bytes, secret: bool) -> str:
-    text = found.decode("utf-8", "replace")
-    return f"{text[:6]}..." if secret else text
-
-
 def _check_loading(directory: Path, files: list[str]) -> str:
-    hidden = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # the checkpoint's code runs there
+    hidden = ("HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN")  # the checkpoint's code runs there
     with tempfile.TemporaryDirectory() as home:
         environment = {name: value for name, value in os.environ.items() if name not in hidden}
         environment |= {"HF_HOME": home, "HF_MODULES_CACHE": f"{home}/modules", "HF_HUB_OFFLINE": "1"}
