@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 import re
 import shutil
@@ -46,6 +47,7 @@ OURS = ", attnres eval"  # ends the name of each metric in the model index that 
 
 # What the evaluation's report has for each task, and what it may be.
 NUMBER = (int, float)
+SCORES = ("baseline", "baseline_stderr", "attnres", "attnres_stderr", "difference", "difference_stderr", "p_value")
 ROW = {
     "task": (str,),
     "metric": (str,),
@@ -53,9 +55,7 @@ ROW = {
     "n": (int, type(None)),
     "limited": (bool,),
     "dataset": (str, type(None)),
-    **dict.fromkeys(("baseline", "baseline_stderr", "attnres", "attnres_stderr"), (*NUMBER, type(None))),
-    **dict.fromkeys(("difference", "difference_stderr", "p_value"), (*NUMBER, type(None))),
-    **dict.fromkeys(("paper_baseline", "paper_attnres"), (*NUMBER, type(None))),
+    **dict.fromkeys((*SCORES, "paper_baseline", "paper_attnres"), (*NUMBER, type(None))),
 }
 TRAINER_FIELDS = {
     "global_step": "Steps",
@@ -226,7 +226,10 @@ def _merge(path: Path, fresh: ModelCard, kept: set[str]) -> str:
     regions = {name: content for name, content in REGION.findall(str(fresh)) if name not in kept}
     found = {name for name, _ in REGION.findall(body)}
     if "evaluation" in regions and "evaluation" not in found:
-        body = body.rstrip() + "\n\n## Evaluation\n\n<!-- attnres:evaluation:start --><!-- attnres:evaluation:end -->\n"
+        body += "" if body.endswith(("\n", "\r")) else line_end
+        body += line_end.join(
+            ["", "## Evaluation", "", "<!-- attnres:evaluation:start --><!-- attnres:evaluation:end -->", ""]
+        )
     body = REGION.sub(lambda region: _replaced(region, regions, line_end), body)
     merged = _merge_metadata(path, head, fresh, replace_index="evaluation" not in kept)
     if merged != head:
@@ -408,7 +411,8 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
     for number, row in enumerate(rows):
         for name, types in ROW.items():
             value = row.get(name) if isinstance(row, dict) else None
-            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or value != value:
+            is_bad = not isinstance(value, types) or (isinstance(value, bool) and bool not in types)
+            if is_bad or (isinstance(value, float) and not math.isfinite(value)):
                 allowed = " or ".join("null" if t is type(None) else t.__name__ for t in types)
                 raise CardError(f"{path}: rows[{number}].{name} is {value!r}; {allowed} was expected.")
     for name in ("settings", "versions", "hardware"):

@@ -295,15 +295,20 @@ def test_what_was_written_by_hand_stays(line_end: str, mark: str, checkpoint: Pa
     assert found["library_name"] == "transformers"
 
 
-def test_removed_regions_are_not_put_back_but_for_the_evaluation(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "README.md").write_text("# Mine\n")
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_removed_regions_are_not_put_back_but_for_the_evaluation(
+    line_end: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    mine = f"# Mine{line_end}{line_end}Last line.  {line_end}{line_end}{line_end}"
+    (checkpoint / "README.md").write_bytes(mine.encode())
     update_card(checkpoint)
     assert regions(read(checkpoint)) == {}
-    assert read(checkpoint).endswith("---\n# Mine\n")
+    assert read(checkpoint).endswith(f"---{line_end}{mine}")
     assert metadata(checkpoint)["library_name"] == "transformers"
     update_card(checkpoint, write_results(tmp_path / "results", row("mmlu")))
     assert list(regions(read(checkpoint))) == ["evaluation"]
-    assert "---\n# Mine\n\n## Evaluation\n" in read(checkpoint)
+    assert f"---{line_end}{mine}{line_end}## Evaluation{line_end}" in read(checkpoint)
+    assert read(checkpoint).replace(line_end, "").count("\n") == 0
 
 
 def write_card(text: str | bytes) -> Callable[[Path, Path], Any]:
@@ -339,6 +344,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "no object": (rows(1), r"rows\[0\].task is None"),
     "text for a score": (rows(row("a"), row("b", attnres="0.5")), r"rows\[1\].attnres is '0.5'"),
     "NaN": (rows(row("a", attnres=float("nan"))), r"rows\[0\].attnres is nan"),
+    "infinity": (rows(row("a", difference=float("inf"))), r"rows\[0\].difference is inf"),
     "truth for a number": (rows(row("a", n=True)), r"rows\[0\].n is True"),
     "limited or not": (rows(row("a", limited=None)), r"rows\[0\].limited is None"),
     "settings": (rows(row("a"), settings=[]), r"settings is \[\]"),
