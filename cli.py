@@ -94,6 +94,49 @@ def convert(
 
 
 @app.command()
+def card(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of an AttnRes checkpoint.", show_default=False)],
+    results: Annotated[
+        Path | None, typer.Option(help="Directory that `attnres eval` wrote, for its table.", show_default=False)
+    ] = None,
+    repo_id: Annotated[
+        str | None, typer.Option(help="Hub repository to name in the example.", show_default=False)
+    ] = None,
+) -> None:
+    """Write the model card of a checkpoint, or bring it up to date; what was written by hand stays."""
+    from .model_cards import update_card
+
+    console.print(f"Written: {escape(str(update_card(checkpoint, results, repo_id=repo_id)))}", soft_wrap=True)
+
+
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of an AttnRes checkpoint.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="Hub repository, user/name; made if new.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if new.", show_default=False)] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check, and show what would be uploaded.")] = False,
+) -> None:
+    """Check a checkpoint and upload it to the Hugging Face Hub; the same command resumes an interrupted upload."""
+    from .model_cards import push as push_checkpoint
+
+    commit = push_checkpoint(
+        checkpoint,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        dry_run=dry_run,
+        console=console,
+    )
+    console.print(
+        "Dry run: nothing was sent." if commit is None else f"Ready: {escape(commit.pr_url or commit.commit_url)}",
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory to write to; made anew.")] = Path("demo-output"),
 ) -> None:

@@ -33,6 +33,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .. import modeling_attnres
 from ..configuration_attnres import MIXES, AttnResConfig
+from ..model_cards.card import CARD, build_card, inherited_metadata
 from .source import DEPTH_PREFIX, ConversionError, Source, open_source
 from .verification import VERIFICATION_MODES, Verification, check_complete, compare
 
@@ -161,6 +162,8 @@ def convert(
             versions={name: version(name) for name in ("attnres", "torch", "transformers", "safetensors")},
         )
         (stage / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        card = build_card(stage, name=target.name, inherited=inherited_metadata(checkpoint.directory))
+        (stage / CARD).write_text(str(card), encoding="utf-8")
         _deliver(stage, target, overwrite)
     return report
 

@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..configuration_attnres import AttnResConfig, AttnResError, supported_backbone
 
 # What comes along with the weights, as it is: tokenizer (with its code, if it has any), chat template, generation
-# config and licence. A model card does not: it describes another model.
+# config and licence. A model card does not: it describes another model, and only its metadata are inherited.
 COMPANIONS = (
     "added_tokens.json",
     "additional_chat_templates/*",
@@ -109,8 +109,10 @@ def open_source(source: str | os.PathLike, revision: str | None = None) -> Sourc
             raise
         raise ConversionError(f"source {source!r} is no path and no Hub id: {error}") from error
     config = _read_config(directory)
-    shards, tensors = _read_index(directory)
-    infos = _read_headers(directory, shards, tensors)
+    shards, tensors = read_index(directory)
+    infos = read_headers(directory, shards, tensors)
+    if taken := [name for name in infos if name.startswith(DEPTH_PREFIX)]:
+        raise ConversionError(f"{directory / tensors[taken[0]]} holds {taken[0]!r}, a name that AttnRes needs.")
     companions = sorted(
         path.relative_to(directory).as_posix()
         for pattern in COMPANIONS
@@ -132,11 +134,11 @@ def _find(path: Path, revision: str | None) -> Path:
     if path.is_absolute() or len(path.parts) > 2 or source.startswith((".", "~")):
         raise ConversionError(f"source {source!r} does not exist; give the directory of a checkpoint, or a Hub id.")
     try:
-        patterns = ["config.json", "adapter_config.json", SAFE_WEIGHTS_INDEX_NAME, *COMPANIONS]
+        patterns = ["config.json", "adapter_config.json", "README.md", SAFE_WEIGHTS_INDEX_NAME, *COMPANIONS]
         directory = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
         shards = [SAFE_WEIGHTS_NAME]  # and no other: repositories hold the same weights in several formats
         if (directory / SAFE_WEIGHTS_INDEX_NAME).is_file():
-            shards += _read_index(directory)[0]
+            shards += read_index(directory)[0]
         return Path(snapshot_download(source, revision=revision, allow_patterns=[*patterns, *shards]))
     except HFValidationError as error:
         raise ConversionError(f"source {source!r} is neither a directory nor a Hub id: {error}") from error
@@ -186,7 +188,7 @@ def _read_config(directory: Path) -> PreTrainedConfig:
     return config
 
 
-def _read_index(directory: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+def read_index(directory: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     """Returns the shards, and for each tensor name the shard that holds it, in the order the loader looks."""
     if (directory / SAFE_WEIGHTS_NAME).is_file():
         with _open_shard(directory / SAFE_WEIGHTS_NAME) as file:
@@ -208,7 +210,8 @@ def _read_index(directory: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(sorted(set(weight_map.values()))), weight_map
 
 
-def _read_headers(directory: Path, shards: tuple[str, ...], tensors: dict[str, str]) -> dict[str, TensorInfo]:
+def read_headers(directory: Path, shards: tuple[str, ...], tensors: dict[str, str]) -> dict[str, TensorInfo]:
+    """Returns what the shards' headers say of each tensor, after checking that they and the index agree."""
     infos: dict[str, TensorInfo] = {}
     for shard in shards:
         path = directory / shard
@@ -225,8 +228,6 @@ def _read_headers(directory: Path, shards: tuple[str, ...], tensors: dict[str, s
             f"{directory / tensors[missing[0]]} lacks tensor {missing[0]!r}, which the index puts there"
             + (f" ({len(missing)} tensors are missing in all)." if len(missing) > 1 else ".")
         )
-    if taken := [name for name in infos if name.startswith(DEPTH_PREFIX)]:
-        raise ConversionError(f"{directory / tensors[taken[0]]} holds {taken[0]!r}, a name that AttnRes needs.")
     return infos
 
 

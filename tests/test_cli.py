@@ -15,7 +15,7 @@ import attnres
 from attnres.cli import main
 from attnres.conversion import ConversionError
 
-COMMANDS = ("convert", "demo")
+COMMANDS = ("convert", "card", "push", "demo")
 
 
 @dataclass
@@ -70,9 +70,28 @@ def test_full(source: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
     assert json.loads((tmp_path / "converted" / "config.json").read_text())["block_size"] == 1
 
 
+def test_card_and_push(source: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    assert run("convert", "source", "converted", "--verify", "none").returncode == 0
+    assert "Written: converted/README.md" in run("card", "converted", "--repo-id", "user/converted").stdout
+    assert '"user/converted"' in (tmp_path / "converted" / "README.md").read_text()
+    result = run("push", "converted", "user/converted", "--dry-run")
+    assert result.returncode == 2
+    assert "names no licence" in result.stderr
+    assert "model-attnres.safetensors" in result.stdout
+    with (tmp_path / "converted" / "README.md").open("r+") as card:
+        text = card.read().replace("---\n", "---\nlicense: mit\n", 1)
+        card.seek(0)
+        card.write(text)
+    result = run("push", "converted", "user/converted", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "Dry run: nothing was sent." in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["push", "source", "user/x"], "model_type='qwen3'"),
+        (["card", "source"], "model_type='qwen3'"),
         (["convert", "nowhere/at/all", "converted"], "does not exist"),
         (["convert", "source", "converted", "--num-blocks", "99"], "num_blocks=99"),
         (["convert", "source", "converted", "--full", "--num-blocks", "2"], "--full stands for --block-size 1"),

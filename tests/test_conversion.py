@@ -146,6 +146,7 @@ def test_companions_come_along_and_nothing_else(tmp_path: Path) -> None:
     delivered = {path.relative_to(converted).as_posix() for path in converted.rglob("*") if path.is_file()}
     assert delivered == {
         "LICENSE",
+        "README.md",
         "additional_chat_templates/tools.jinja",
         "attnres_conversion.json",
         "chat_template.jinja",
@@ -163,7 +164,8 @@ def test_companions_come_along_and_nothing_else(tmp_path: Path) -> None:
     }
     for name in ("LICENSE", "chat_template.jinja", "tokenizer.json"):
         assert (tmp_path / "converted" / name).read_bytes() == (source / name).read_bytes()
-    for path in (tmp_path / "converted").rglob("*.json"):
+    assert "card of another model" not in (converted / "README.md").read_text()
+    for path in [*converted.rglob("*.json"), converted / "README.md"]:
         assert str(tmp_path) not in path.read_text(), f"{path.name} tells where the source was"
 
 
