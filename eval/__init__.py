@@ -1,0 +1,1 @@
+"""Benchmarks: what a checkpoint can do, beside the model it came from."""
