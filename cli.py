@@ -21,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+kimi_k3 = typer.Typer(help="Checkpoints in the layout of Kimi K3.", no_args_is_help=True)
+app.add_typer(kimi_k3, name="kimi-k3")
 console = Console()
 error_console = Console(stderr=True)
 state = {"debug": False}
@@ -90,6 +92,29 @@ def convert(
         progress=True,
     )
     console.print(report_table(report))
+    console.print(f"Ready: from_pretrained({escape(repr(str(destination)))}, trust_remote_code=True)", soft_wrap=True)
+
+
+@kimi_k3.command("export")
+def kimi_k3_export(
+    source: Annotated[Path, typer.Argument(help="Directory of an AttnRes checkpoint over Kimi Linear.")],
+    destination: Annotated[Path, typer.Argument(help="Directory to make.")],
+) -> None:
+    """Write an AttnRes checkpoint over Kimi Linear in the layout of Kimi K3."""
+    from .conversion.kimi_k3 import export_checkpoint
+
+    export_checkpoint(source, destination)
+
+
+@kimi_k3.command("import")
+def kimi_k3_import(
+    source: Annotated[Path, typer.Argument(help="Directory of a checkpoint in the layout of Kimi K3.")],
+    destination: Annotated[Path, typer.Argument(help="Directory to make.")],
+) -> None:
+    """Make an AttnRes checkpoint of one in the layout of Kimi K3, if its decoder is Transformers' Kimi Linear."""
+    from .conversion.kimi_k3 import import_checkpoint
+
+    import_checkpoint(source, destination)
     console.print(f"Ready: from_pretrained({escape(repr(str(destination)))}, trust_remote_code=True)", soft_wrap=True)
 
 

@@ -113,14 +113,19 @@ def open_source(source: str | os.PathLike, revision: str | None = None) -> Sourc
     infos = read_headers(directory, shards, tensors)
     if taken := [name for name in infos if name.startswith(DEPTH_PREFIX)]:
         raise ConversionError(f"{directory / tensors[taken[0]]} holds {taken[0]!r}, a name that AttnRes needs.")
+    name = directory.resolve().name if Path(source).exists() else str(source)
+    return Source(directory, name, config, shards, tensors, infos, find_companions(directory))
+
+
+def find_companions(directory: Path) -> tuple[str, ...]:
+    """The files of `COMPANIONS` in a checkpoint, relative to its directory."""
     companions = sorted(
         path.relative_to(directory).as_posix()
         for pattern in COMPANIONS
         for path in directory.glob(pattern)
         if path.is_file() and not fnmatch(path.name, "*.safetensors*")
     )
-    name = directory.resolve().name if Path(source).exists() else str(source)
-    return Source(directory, name, config, shards, tensors, infos, tuple(companions))
+    return tuple(companions)
 
 
 def _find(path: Path, revision: str | None) -> Path:
