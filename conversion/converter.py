@@ -159,8 +159,8 @@ def convert(
             checkpoint, written = _rewrite_pickles(checkpoint, stage)
         else:
             linked, copied = _link_shards(checkpoint, stage, progress)
-        config.dtype = formats.depth_dtype(checkpoint.config, checkpoint.num_elements)
-        written += _write_depth_shard(config, stage)
+        config.dtype = dtype = formats.depth_dtype(checkpoint.config, checkpoint.num_elements)
+        written += _write_depth_shard(config, dtype, stage)
         _write_index(checkpoint, config, stage)
         _write_config_and_code(config, stage)
         for name in checkpoint.companions:
@@ -298,11 +298,11 @@ def _locked(directory: Path, wait: bool = False) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _write_depth_shard(config: AttnResConfig, stage: Path) -> int:
+def _write_depth_shard(config: AttnResConfig, dtype: torch.dtype, stage: Path) -> int:
     shape = (config.num_reads, config.hidden_size)
     tensors = {
-        f"{DEPTH_PREFIX}key_norm": torch.ones(shape, dtype=config.dtype),
-        f"{DEPTH_PREFIX}query": torch.zeros(shape, dtype=config.dtype),
+        f"{DEPTH_PREFIX}key_norm": torch.ones(shape, dtype=dtype),
+        f"{DEPTH_PREFIX}query": torch.zeros(shape, dtype=dtype),
     }
     return _save(tensors, stage / DEPTH_SHARD)
 
@@ -325,9 +325,8 @@ def _rewrite_pickles(source: Source, stage: Path) -> tuple[Source, int]:
         try:
             written += _save(contents, stage / shard)
         except (KeyError, ValueError) as error:  # a dtype that safetensors does not have
-            raise ConversionError(
-                f"{source.directory / pickled} cannot be written as safetensors: {error!r}"
-            ) from error
+            path = source.directory / pickled
+            raise ConversionError(f"{path} cannot be written as safetensors: {error!r}") from error
         tensors |= dict.fromkeys(contents, shard)
     if missing := sorted(source.tensors.keys() - tensors.keys()):
         raise ConversionError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -116,8 +117,10 @@ def other_architecture(config: dict[str, Any]) -> str | None:
         for mapping, architecture in OTHER_ARCHITECTURES:
             if kind is None and model_type in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES"):
                 kind = architecture
-    if kind is None and "quantization" in config and "quant_method" not in (config.get("quantization_config") or {}):
-        kind = "mlx"
+    if kind is None and isinstance(config.get("quantization"), dict):
+        quantization = config.get("quantization_config", {})
+        if isinstance(quantization, dict) and "quant_method" not in quantization:
+            kind = "mlx"
     return None if kind is None else f"{model_type!r} {WHY_NOT[kind]}"
 
 
@@ -137,7 +140,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         ConversionError: the file is damaged, needs more than `weights_only`, or holds something else than tensors.
     """
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
         raise ConversionError(
             f"{path} cannot be read with weights_only, and is not read otherwise: {type(error).__name__}: {error}"
@@ -150,8 +153,9 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise ConversionError(f"{path}: {name!r} is a {type(tensor).__name__}; a dense tensor was expected.")
         storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format) if storage in seen else tensor
-        tensors[name] = tensors[name].contiguous()
+        tensors[name] = (
+            tensor.contiguous() if storage not in seen else tensor.clone(memory_format=torch.contiguous_format)
+        )
         seen.add(storage)
     return tensors
 
@@ -351,7 +355,7 @@ def dequantized_while_loading(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def dequantized(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     """A model loaded by such a configuration, in `dtype`; loading casts only a part of its tensors."""
     if getattr(model, "is_quantized", False):
         model.dequantize()
@@ -365,7 +369,7 @@ def depth_dtype(config: PreTrainedConfig, num_elements: Mapping[str, int]) -> to
         config (`PreTrainedConfig`): the decoder's configuration.
         num_elements (mapping of `str` to `int`): how many elements are stored in each dtype, as safetensors calls it.
     """
-    if config.dtype in DEPTH_DTYPES.values():
+    if isinstance(config.dtype, torch.dtype) and config.dtype in DEPTH_DTYPES.values():
         return config.dtype
     candidates = [name for name in DEPTH_DTYPES if num_elements.get(name)]
     return DEPTH_DTYPES[max(candidates, key=num_elements.__getitem__)] if candidates else torch.float32

@@ -182,8 +182,8 @@ def _read_config(directory: Path) -> PreTrainedConfig:
     model_type = config_dict.get("model_type")
     if not isinstance(model_type, str):
         raise ConversionError(
-            f"{config_file}: model_type={model_type!r}; a string was expected. This is not the config of a Transformers "
-            "model: convert the edition of the model for Transformers."
+            f"{config_file}: model_type={model_type!r}; a string was expected. This is not the config of a "
+            "Transformers model: convert the edition of the model for Transformers."
         )
     if model_type == AttnResConfig.model_type:
         raise ConversionError(f"{directory} is an AttnRes checkpoint already; there is nothing to convert.")
@@ -203,8 +203,10 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ConversionError(f"{config_file} makes no {model_type} configuration: {error}") from error
-    if config.dtype is not None and not getattr(config.dtype, "is_floating_point", False):
-        raise ConversionError(f"{config_file}: dtype={config.dtype!r}; a floating-point dtype was expected.")
+    if config.dtype is not None and config.dtype not in formats.DEPTH_DTYPES.values():  # float8 makes no model
+        raise ConversionError(
+            f"{config_file}: dtype={config.dtype!r}; a floating-point dtype of 16 bits or more is needed."
+        )
     return config
 
 

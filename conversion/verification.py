@@ -79,7 +79,7 @@ def check_complete(source: Source, converted: Path) -> None:
     Raises:
         ConversionError: tensors are missing, or have other shapes than the configuration says.
     """
-    config = AttnResConfig.from_pretrained(converted)
+    config: PreTrainedConfig = AttnResConfig.from_pretrained(converted)
     if is_stored := not formats.loads_on_meta(source.config):
         config = formats.unquantized(config)
     _load(AttnResForCausalLM, converted, config, str(source.directory), "meta", as_stored=is_stored)
@@ -218,8 +218,8 @@ def _load(
     dtype: torch.dtype = torch.float32,
     as_stored: bool = False,
 ) -> PreTrainedModel:
-    """Loads a model that must find every tensor it asks for; with `as_stored`, tensors of a quantiser that is absent may
-    take the place of a module's own."""
+    """Loads a model that must find every tensor it asks for. With `as_stored`, tensors of a quantiser that is not asked
+    may take the place of a module's own."""
     is_dequantized = device != "meta" and formats.quantization_method(config) in formats.DEQUANTIZED
     if is_dequantized:
         config = formats.dequantized_while_loading(config)
@@ -248,9 +248,8 @@ def _load(
                 f"{name} holds quantised weights for {min(stray)!r}, which quantization_config does not quantise."
             )
         if as_stored:
-            missing, mismatched = (
-                [k for k in keys if k.rpartition(".")[0] not in stray] for keys in (missing, mismatched)
-            )
+            missing = [key for key in missing if key.rpartition(".")[0] not in stray]
+            mismatched = [key for key in mismatched if key.rpartition(".")[0] not in stray]
     if missing:
         raise ConversionError(f"{name} lacks {len(missing)} tensors its config asks for, first {missing[0]!r}.")
     if mismatched:

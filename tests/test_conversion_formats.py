@@ -87,11 +87,13 @@ def test_experts_one_by_one_and_fused(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(tmp_path / "single-converted"), logits(tmp_path / "fused-converted"))
 
 
-@pytest.mark.parametrize("shards", ["5GB", "40KB"])
-@pytest.mark.parametrize(("tied", "stored"), [(True, False), (True, True), (False, True)])
-def test_tied_and_untied_heads(tied: bool, stored: bool, shards: str, tmp_path: Path) -> None:
-    tiny_model("llama", tie_word_embeddings=tied).save_pretrained(tmp_path / "source", max_shard_size=shards)
-    if tied and stored and shards == "5GB":  # superfluous, and as good as the embedding's
+@pytest.mark.parametrize(
+    ("tied", "stored", "shard_size"),
+    [(True, False, "5GB"), (True, True, "5GB"), (False, True, "5GB"), (True, False, "40KB"), (False, True, "40KB")],
+)
+def test_tied_and_untied_heads(tied: bool, stored: bool, shard_size: str, tmp_path: Path) -> None:
+    tiny_model("llama", tie_word_embeddings=tied).save_pretrained(tmp_path / "source", max_shard_size=shard_size)
+    if tied and stored:  # superfluous, and as good as the embedding's
         rewrite(
             tmp_path / "source",
             lambda name, tensor: {name: tensor} | ({"lm_head.weight": tensor.clone()} if "embed" in name else {}),
@@ -145,6 +147,9 @@ def test_retrofit_while_loading_refuses_quantised_weights(tmp_path: Path) -> Non
 
 def test_dtype_of_depth_is_never_a_quantised_one(tmp_path: Path) -> None:
     source = make_fp8(tmp_path / "source")
+    edit_config(source, dtype="float8_e4m3fn")
+    with pytest.raises(ConversionError, match="dtype=torch.float8_e4m3fn; a floating-point dtype of 16 bits"):
+        convert(source, tmp_path / "converted")
     edit_config(source, dtype=None)
     convert(source, tmp_path / "converted", verify="none")
     depth = load_file(tmp_path / "converted" / "model-attnres.safetensors")
@@ -500,6 +505,14 @@ def test_pickled_weights_are_rewritten(family: str, shards: int, overrides: dict
     assert_same(source, converted)
 
 
+@pytest.mark.filterwarnings("ignore:.*pickled weights")
+def test_pickles_of_old_versions_of_torch(tmp_path: Path) -> None:
+    source = make_pickled(tmp_path / "source")
+    torch.save(torch.load(source / "pytorch_model.bin"), source / "pytorch_model.bin", **UNZIPPED)
+    convert(source, tmp_path / "converted", allow_pickle=True)
+    assert_same(source, tmp_path / "converted")
+
+
 def test_pickles_are_left_alone_beside_safetensors(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "pytorch_model.bin").write_bytes(b"not even a pickle")
@@ -519,7 +532,7 @@ UNZIPPED: Any = {"_use_new_zipfile_serialization": False}
 BAD_PICKLES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("code", lambda path: torch.save({"a": Malicious(path.parent / "run")}, path), "cannot be read with weights_only"),
     (
-        "code, not zipped",
+        "code in the format of old versions",
         lambda path: torch.save({"a": Malicious(path.parent / "run")}, path, **UNZIPPED),
         "weights_only",
     ),
@@ -624,6 +637,7 @@ ARCHITECTURES: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "qwen2_audio"}, "composite"),
     ({"model_type": "somebodys", "text_config": {"model_type": "llama"}}, "composite"),
     ({"model_type": "somebodys", "auto_map": {"AutoConfig": "configuration.Config"}}, "auto_map.* is not run"),
+    ({"model_type": "llama", "quantization": {}, "quantization_config": 3}, "an object was expected"),
     ({"model_type": "llama", "quantization": {"bits": 4, "group_size": 64}}, "quantised by MLX"),
     ({"model_type": "attnres"}, "AttnRes checkpoint already"),
     ({"model_type": "gpt2"}, "'gpt2' is not supported"),
