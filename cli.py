@@ -72,6 +72,9 @@ def convert(
     ] = Verify.full,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at DESTINATION.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin with weights_only; rewrite as safetensors.")
+    ] = False,
 ) -> None:
     """Make an AttnRes checkpoint of an existing one, without changing what it computes."""
     from .conversion import ConversionError
@@ -88,6 +91,7 @@ def convert(
         mix=mix.value,
         verify=verify.value,
         overwrite=overwrite,
+        allow_pickle=allow_pickle,
         revision=revision,
         progress=True,
     )

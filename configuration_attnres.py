@@ -253,6 +253,11 @@ def _resolve_backbone_config(backbone_config: Any) -> PreTrainedConfig:
         raise AttnResConfigError(
             "backbone_config is itself an AttnRes configuration; give the decoder's own, its `backbone_config`."
         )
+    if getattr(backbone_config, "quantization_config", None) is not None:
+        raise AttnResConfigError(
+            f"backbone_config of type {backbone_config.model_type!r} has a quantization_config, which names modules of "
+            "the backbone alone; `attnres convert` makes a quantised checkpoint an AttnRes checkpoint."
+        )
     num_hidden_layers = getattr(backbone_config, "num_hidden_layers", None)
     if isinstance(num_hidden_layers, bool) or not isinstance(num_hidden_layers, int) or num_hidden_layers < 1:
         raise AttnResConfigError(

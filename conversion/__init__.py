@@ -5,7 +5,7 @@
 """
 
 from .converter import ConversionReport, convert
-from .source import ConversionError
+from .errors import ConversionError
 from .verification import Verification, VerificationError
 
 __all__ = ["ConversionError", "ConversionReport", "Verification", "VerificationError", "convert"]

@@ -14,9 +14,10 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from .. import modeling_attnres
 from ..configuration_attnres import MIXES, AttnResConfig
 from ..model_cards.card import CARD, build_card, inherited_metadata
-from .source import DEPTH_PREFIX, ConversionError, Source, open_source
+from . import formats
+from .errors import ConversionError
+from .source import DEPTH_PREFIX, Source, open_source, read_headers
 from .verification import VERIFICATION_MODES, Verification, check_complete, compare
 
 DEPTH_SHARD = "model-attnres.safetensors"
@@ -52,6 +55,8 @@ class ConversionReport:
         model_type: architecture of the backbone.
         block_size, num_blocks, num_sublayers, num_reads, mix: the depth configuration (S, N, L, R).
         parameters, added_parameters: of the source, and of depth attention on top.
+        quantization: the method that the source is quantised by, and so the result; `None` for most.
+        pickles: pickled files that were rewritten as safetensors.
         bytes_linked, bytes_copied, bytes_written: of weights: hard-linked, copied unchanged, and new.
         seconds: wall time of the conversion, verification included.
         verification: what was compared and how close it was; `None` if it was not asked for.
@@ -67,6 +72,8 @@ class ConversionReport:
     mix: str
     parameters: int
     added_parameters: int
+    quantization: str | None
+    pickles: tuple[str, ...]
     bytes_linked: int
     bytes_copied: int
     bytes_written: int
@@ -84,6 +91,7 @@ def convert(
     mix: str = "sum",
     verify: str = "full",
     overwrite: bool = False,
+    allow_pickle: bool = False,
     revision: str | None = None,
     progress: bool = False,
 ) -> ConversionReport:
@@ -101,6 +109,9 @@ def convert(
             `"full"` compares the logits of the whole models, `"sample"` of their first layers (for models that do not
             fit in memory), `"none"` compares nothing.
         overwrite (`bool`, *optional*, defaults to `False`): replace a checkpoint that is already at `destination`.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            Take pickled weights (`pytorch_model.bin`) where there are no safetensors. They are read with
+            `weights_only`, which runs no code of theirs, and rewritten as safetensors, with a warning.
         revision (`str`, *optional*): branch, tag or commit of a Hub id.
         progress (`bool`, *optional*, defaults to `False`): show a progress bar on stderr while shards are copied.
 
@@ -124,20 +135,33 @@ def convert(
         if isinstance(error, ConversionError):
             raise
         raise ConversionError(f"destination {destination!r} is no path that can be used: {error}") from error
-    checkpoint = open_source(source, revision)
+    checkpoint = open_source(source, revision, allow_pickle)
     _check_apart(checkpoint, target)
+    quantization = formats.quantization_method(checkpoint.config)
+    if verify != "none" and (reason := formats.unavailable(checkpoint.config)):
+        raise ConversionError(
+            f"{checkpoint.name} is quantised by {quantization} and cannot be loaded here, so it cannot be "
+            f"verified: {reason} Convert it where that can be loaded, or pass verify='none' (--verify none), which "
+            "checks names and shapes only."
+        )
     depth: dict[str, Any] = {"block_size": block_size, "num_blocks": num_blocks}
+    if quantization is not None:
+        depth["quantization_config"] = formats.translate(checkpoint.config)
     config = AttnResConfig(
-        backbone_config=checkpoint.config,
+        backbone_config=formats.unquantized(checkpoint.config),
         mix=mix,
-        dtype=checkpoint.config.dtype,
         architectures=["AttnResForCausalLM"],
         **depth,
     )
 
     with _staging(target) as stage:
-        written = _write_depth_shard(checkpoint, config, stage)
-        linked, copied = _link_shards(checkpoint, stage, progress)
+        linked = copied = written = 0
+        if checkpoint.pickles:
+            checkpoint, written = _rewrite_pickles(checkpoint, stage)
+        else:
+            linked, copied = _link_shards(checkpoint, stage, progress)
+        config.dtype = dtype = formats.depth_dtype(checkpoint.config, checkpoint.num_elements)
+        written += _write_depth_shard(config, dtype, stage)
         _write_index(checkpoint, config, stage)
         _write_config_and_code(config, stage)
         for name in checkpoint.companions:
@@ -154,6 +178,8 @@ def convert(
             mix=mix,
             parameters=checkpoint.num_parameters,
             added_parameters=2 * config.num_reads * config.hidden_size,
+            quantization=quantization,
+            pickles=checkpoint.pickles,
             bytes_linked=linked,
             bytes_copied=copied,
             bytes_written=written,
@@ -176,6 +202,10 @@ def report_table(report: ConversionReport) -> Table:
     table.add_row("Depth attention", f"{kind}, mix {report.mix}, {report.num_reads} reads")
     table.add_row("Blocks", f"{report.num_blocks} of {report.block_size} sublayers ({report.num_sublayers} in all)")
     table.add_row("Parameters", f"{report.parameters:,} + {report.added_parameters:,} added")
+    if report.quantization is not None:
+        table.add_row("Quantised by", report.quantization)
+    if report.pickles:
+        table.add_row("Rewritten from pickles", escape(", ".join(report.pickles)))
     table.add_row("Weights linked", filesize.decimal(report.bytes_linked))
     table.add_row("Weights copied", filesize.decimal(report.bytes_copied))
     table.add_row("Weights written", filesize.decimal(report.bytes_written))
@@ -211,7 +241,9 @@ def _check_apart(source: Source, target: Path) -> None:
     """Refuses a destination whose replacement could remove a file of the source, also through symbolic links."""
     target = target.resolve()
     directory = source.directory.resolve()
-    files = [(directory / name).resolve() for name in ("config.json", *source.shards, *source.companions)]
+    files = [
+        (directory / name).resolve() for name in ("config.json", *source.shards, *source.pickles, *source.companions)
+    ]
     if directory == target or directory in target.parents or any(target in path.parents for path in files):
         raise ConversionError(f"source {directory} and destination {target} overlap; choose a destination elsewhere.")
 
@@ -269,16 +301,49 @@ def _locked(directory: Path, wait: bool = False) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _write_depth_shard(source: Source, config: AttnResConfig, stage: Path) -> int:
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+def _write_depth_shard(config: AttnResConfig, dtype: torch.dtype, stage: Path) -> int:
     shape = (config.num_reads, config.hidden_size)
     tensors = {
         f"{DEPTH_PREFIX}key_norm": torch.ones(shape, dtype=dtype),
         f"{DEPTH_PREFIX}query": torch.zeros(shape, dtype=dtype),
     }
-    save_file(tensors, stage / DEPTH_SHARD, metadata={"format": "pt"})
-    (stage / DEPTH_SHARD).chmod(0o666 & ~_umask())  # safetensors makes private files
-    return (stage / DEPTH_SHARD).stat().st_size
+    return _save(tensors, stage / DEPTH_SHARD)
+
+
+def _rewrite_pickles(source: Source, stage: Path) -> tuple[Source, int]:
+    """Writes each pickled file as one safetensors file. Returns the source with what is now known of its tensors, and
+    bytes written."""
+    warnings.warn(
+        f"{source.name}: pickled weights ({', '.join(source.pickles)}) are read with weights_only, which runs no code "
+        "of theirs, and rewritten as safetensors.",
+        stacklevel=3,
+    )
+    tensors: dict[str, str] = {}
+    written = 0
+    for number, pickled in enumerate(source.pickles, start=1):
+        shard = f"model-{number:05}-of-{len(source.pickles):05}.safetensors"
+        contents = formats.read_pickle(source.directory / pickled)
+        if twice := sorted(contents.keys() & tensors.keys()):
+            raise ConversionError(f"{source.directory / pickled} holds {twice[0]!r}, which another file holds too.")
+        try:
+            written += _save(contents, stage / shard)
+        except (KeyError, ValueError) as error:  # a dtype that safetensors does not have
+            path = source.directory / pickled
+            raise ConversionError(f"{path} cannot be written as safetensors: {error!r}") from error
+        tensors |= dict.fromkeys(contents, shard)
+    if missing := sorted(source.tensors.keys() - tensors.keys()):
+        raise ConversionError(
+            f"{source.directory / source.tensors[missing[0]]} lacks tensor {missing[0]!r}, which the index puts there."
+        )
+    shards = tuple(sorted(set(tensors.values())))
+    infos = read_headers(stage, shards, tensors)
+    return replace(source, shards=shards, tensors=tensors, infos=infos), written
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> int:
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o666 & ~_umask())  # safetensors makes private files
+    return path.stat().st_size
 
 
 def _shard_name(shard: str) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from ..configuration_attnres import AttnResConfig, AttnResError, supported_backbone
+from ..configuration_attnres import AttnResConfig, supported_backbone
+from . import formats
+from .errors import ConversionError
 
 # What comes along with the weights, as it is: tokenizer (with its code, if it has any), chat template, generation
 # config and licence. A model card does not: it describes another model, and only its metadata are inherited.
@@ -39,10 +43,6 @@ COMPANIONS = (
     "vocab.*",
 )
 DEPTH_PREFIX = "depth_attention."
-
-
-class ConversionError(AttnResError):
-    """A checkpoint cannot be converted as asked; nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Source:
         tensors: name of every tensor, and the shard that holds it.
         infos: name of every tensor, and what the header says of it.
         companions: tokenizer, templates, generation config and licence, relative to `directory`.
+        pickles: pickled files by their name in `directory`, in place of `shards`; nothing is known yet of what they
+            hold, except `tensors` if there is an index.
     """
 
     directory: Path
@@ -81,40 +83,54 @@ class Source:
     tensors: dict[str, str]
     infos: dict[str, TensorInfo]
     companions: tuple[str, ...]
+    pickles: tuple[str, ...] = ()
+
+    @cached_property
+    def num_parameters(self) -> int:
+        if formats.quantization_method(self.config) is not None:  # several to an element, and scales beside them
+            return formats.meta_model(self.config).num_parameters()
+        return self.num_elements.total()
 
     @property
-    def num_parameters(self) -> int:
-        return sum(info.num_elements for info in self.infos.values())
+    def num_elements(self) -> Counter[str]:
+        """How many elements are stored in each dtype."""
+        count: Counter[str] = Counter()
+        for info in self.infos.values():
+            count[info.dtype] += info.num_elements
+        return count
 
     @property
     def num_bytes(self) -> int:
         return sum((self.directory / shard).stat().st_size for shard in self.shards)
 
 
-def open_source(source: str | os.PathLike, revision: str | None = None) -> Source:
+def open_source(source: str | os.PathLike, revision: str | None = None, allow_pickle: bool = False) -> Source:
     """Finds a checkpoint and checks that it can be converted.
 
     Args:
         source (`str` or `Path`): a local directory, or a Hub id, which is downloaded to the Hub's cache.
         revision (`str`, *optional*): branch, tag or commit of a Hub id.
+        allow_pickle (`bool`, *optional*, defaults to `False`): take pickled weights if there are no safetensors.
 
     Raises:
         ConversionError: it is missing, incomplete, of another format or of a kind that cannot be converted.
         UnsupportedBackboneError: its architecture is not supported.
     """
     try:
-        directory = _find(Path(source), revision)
+        directory = _find(Path(source), revision, allow_pickle)
     except (TypeError, ValueError, OSError) as error:
         if isinstance(error, ConversionError):
             raise
         raise ConversionError(f"source {source!r} is no path and no Hub id: {error}") from error
     config = _read_config(directory)
-    shards, tensors = read_index(directory)
-    infos = read_headers(directory, shards, tensors)
+    shards, tensors = read_index(directory, allow_pickle)
+    pickles = tuple(shard for shard in shards if shard.endswith(".bin"))
+    infos = {} if pickles else read_headers(directory, shards, tensors)
     if taken := [name for name in infos if name.startswith(DEPTH_PREFIX)]:
         raise ConversionError(f"{directory / tensors[taken[0]]} holds {taken[0]!r}, a name that AttnRes needs.")
     name = directory.resolve().name if Path(source).exists() else str(source)
-    return Source(directory, name, config, shards, tensors, infos, find_companions(directory))
+    shards = () if pickles else shards
+    return Source(directory, name, config, shards, tensors, infos, find_companions(directory), pickles)
 
 
 def find_companions(directory: Path) -> tuple[str, ...]:
@@ -128,13 +144,15 @@ def find_companions(directory: Path) -> tuple[str, ...]:
     return tuple(companions)
 
 
-def _find(path: Path, revision: str | None) -> Path:
+def _find(path: Path, revision: str | None, allow_pickle: bool) -> Path:
     source = str(path)
     if path.is_dir():
         if revision is not None:
             raise ConversionError(f"revision={revision!r} is for Hub ids; source {source!r} is a directory.")
         return path
     if path.exists():
+        if reason := formats.other_format([path.name]):
+            raise ConversionError(f"source {source!r} is {reason}")
         raise ConversionError(f"source {source!r} is a file; give the directory of a checkpoint, or a Hub id.")
     if path.is_absolute() or len(path.parts) > 2 or source.startswith((".", "~")):
         raise ConversionError(f"source {source!r} does not exist; give the directory of a checkpoint, or a Hub id.")
@@ -144,6 +162,8 @@ def _find(path: Path, revision: str | None) -> Path:
         shards = [SAFE_WEIGHTS_NAME]  # and no other: repositories hold the same weights in several formats
         if (directory / SAFE_WEIGHTS_INDEX_NAME).is_file():
             shards += read_index(directory)[0]
+        elif allow_pickle and not (directory / SAFE_WEIGHTS_NAME).is_file():
+            shards += [WEIGHTS_INDEX_NAME, "pytorch_model*.bin"]
         return Path(snapshot_download(source, revision=revision, allow_patterns=[*patterns, *shards]))
     except HFValidationError as error:
         raise ConversionError(f"source {source!r} is neither a directory nor a Hub id: {error}") from error
@@ -157,19 +177,25 @@ def _find(path: Path, revision: str | None) -> Path:
 
 def _read_config(directory: Path) -> PreTrainedConfig:
     config_file = directory / "config.json"
+    if (directory / "adapter_config.json").exists():  # which is loaded together with weights that are beside it
+        raise ConversionError(f"{directory} holds {formats.other_format(['adapter_config.json'])}")
     if not config_file.is_file():
-        if (directory / "adapter_config.json").is_file():
-            raise ConversionError(
-                f"{directory} holds a PEFT adapter, not a checkpoint; merge it into its base model "
-                "(`merge_and_unload`), save that, and convert the result."
-            )
-        raise ConversionError(f"{directory} has no config.json; it is not a Transformers checkpoint.")
+        reason = formats.other_format(path.name for path in directory.iterdir())
+        raise ConversionError(
+            f"{directory} has no config.json; it is not a Transformers checkpoint."
+            + (f" It holds {reason}" if reason else "")
+        )
     config_dict = read_json(config_file)
     model_type = config_dict.get("model_type")
     if not isinstance(model_type, str):
-        raise ConversionError(f"{config_file}: model_type={model_type!r}; a string was expected.")
+        raise ConversionError(
+            f"{config_file}: model_type={model_type!r}; a string was expected. This is not the config of a "
+            "Transformers model: convert the edition of the model for Transformers."
+        )
     if model_type == AttnResConfig.model_type:
         raise ConversionError(f"{directory} is an AttnRes checkpoint already; there is nothing to convert.")
+    if reason := formats.other_architecture(config_dict):
+        raise ConversionError(f"{config_file}: {reason}")
     supported_backbone(model_type)
     architectures = config_dict.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -179,39 +205,43 @@ def _read_config(directory: Path) -> PreTrainedConfig:
             f"{config_file}: architectures={architectures}; only causal language models (...ForCausalLM) can be "
             "converted."
         )
-    if "quantization_config" in config_dict:
-        raise ConversionError(
-            f"{config_file}: quantization_config is set; quantised checkpoints cannot be converted yet. Convert the "
-            "unquantised checkpoint and quantise the result."
-        )
+    formats.quantization_method(config_dict)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ConversionError(f"{config_file} makes no {model_type} configuration: {error}") from error
-    if config.dtype is not None and not getattr(config.dtype, "is_floating_point", False):
-        raise ConversionError(f"{config_file}: dtype={config.dtype!r}; a floating-point dtype was expected.")
+    if config.dtype is not None and config.dtype not in formats.DEPTH_DTYPES.values():  # float8 makes no model
+        raise ConversionError(
+            f"{config_file}: dtype={config.dtype!r}; a floating-point dtype of 16 bits or more is needed."
+        )
     return config
 
 
-def read_index(directory: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Returns the shards, and for each tensor name the shard that holds it, in the order the loader looks."""
+def read_index(directory: Path, allow_pickle: bool = False) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Returns the shards, and for each tensor name the shard that holds it, in the order the loader looks. Of a single
+    pickled file the names are not known."""
     if (directory / SAFE_WEIGHTS_NAME).is_file():
         with _open_shard(directory / SAFE_WEIGHTS_NAME) as file:
             return (SAFE_WEIGHTS_NAME,), dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
     index_file = directory / SAFE_WEIGHTS_INDEX_NAME
+    suffix = ".safetensors"
+    if not index_file.is_file() and allow_pickle:
+        if (directory / WEIGHTS_NAME).is_file():
+            return (WEIGHTS_NAME,), {}
+        index_file = directory / WEIGHTS_INDEX_NAME
+        suffix = ".bin"
     if not index_file.is_file():
-        if pickles := sorted(path.name for path in directory.glob("*.bin")):
-            raise ConversionError(
-                f"{directory} holds pickled weights ({pickles[0]}), which are never loaded: a pickle can run code. "
-                "Save the model as safetensors first."
-            )
-        raise ConversionError(f"{directory} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
+        reason = formats.other_format(path.name for path in directory.iterdir())
+        raise ConversionError(
+            f"{directory} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}."
+            + (f" It holds {reason}" if reason else "")
+        )
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{index_file}: weight_map is missing or empty.")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or shard != Path(shard).name or not shard.endswith(".safetensors"):
-            raise ConversionError(f"{index_file}: tensor {name!r} is in {shard!r}, which is no safetensors file name.")
+        if not isinstance(shard, str) or shard != Path(shard).name or not shard.endswith(suffix):
+            raise ConversionError(f"{index_file}: tensor {name!r} is in {shard!r}, which is no {suffix[1:]} file name.")
     return tuple(sorted(set(weight_map.values()))), weight_map
 
 

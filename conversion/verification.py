@@ -15,7 +15,9 @@ from transformers.utils import logging
 
 from ..configuration_attnres import AttnResConfig, AttnResError
 from ..modeling_attnres import AttnResForCausalLM
-from .source import DEPTH_PREFIX, ConversionError, Source
+from . import formats
+from .errors import ConversionError
+from .source import DEPTH_PREFIX, Source
 
 VERIFICATION_MODES = ("full", "sample", "none")
 
@@ -72,17 +74,23 @@ class Verification:
 def check_complete(source: Source, converted: Path) -> None:
     """Checks names and shapes of all tensors against the configuration, without loading one.
 
+    Where a quantiser cannot be asked, the tensors that it would take are told by their modules' own being missing.
+
     Raises:
         ConversionError: tensors are missing, or have other shapes than the configuration says.
     """
-    _load(AttnResForCausalLM, converted, AttnResConfig.from_pretrained(converted), str(source.directory), "meta")
+    config: PreTrainedConfig = AttnResConfig.from_pretrained(converted)
+    if is_stored := not formats.loads_on_meta(source.config):
+        config = formats.unquantized(config)
+    _load(AttnResForCausalLM, converted, config, str(source.directory), "meta", as_stored=is_stored)
 
 
 def compare(source: Source, converted: Path, config: AttnResConfig, mode: str) -> Verification:
     """Compares the logits of source and result on real token sequences, in float32.
 
     Where they differ by more than rounding, they are compared in float64 too: a token whose experts tie may be routed
-    otherwise by rounding alone, which a wrong conversion would survive and a right one would not.
+    otherwise by rounding alone, which a wrong conversion would survive and a right one would not. So may an activation
+    that a quantised layer rounds; weights that can be dequantised are.
 
     Args:
         source (`Source`): the checkpoint that was converted.
@@ -208,14 +216,20 @@ def _load(
     name: str,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    as_stored: bool = False,
 ) -> PreTrainedModel:
+    """Loads a model that must find every tensor it asks for. With `as_stored`, tensors of a quantiser that is not asked
+    may take the place of a module's own."""
+    is_dequantized = device != "meta" and formats.quantization_method(config) in formats.DEQUANTIZED
+    if is_dequantized:
+        config = formats.dequantized_while_loading(config)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a truncated model finds tensors it has no use for, and fewer reads
     try:
         model, info = model_class.from_pretrained(
             directory,
             config=config,
-            dtype=dtype,
+            dtype="auto" if is_dequantized else dtype,
             device_map=device,
             experts_implementation="eager" if dtype == torch.float64 else None,  # the others have no float64
             output_loading_info=True,
@@ -225,9 +239,19 @@ def _load(
         raise ConversionError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
-    if missing := sorted(info["missing_keys"]):
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(str(key) for key, *_ in info["mismatched_keys"] if DEPTH_PREFIX not in key)
+    # Tensors that no module takes, in modules that take tensors.
+    if stray := formats.modules_of(model, info["unexpected_keys"]):
+        if formats.quantization_method(config) is not None:
+            raise ConversionError(
+                f"{name} holds quantised weights for {min(stray)!r}, which quantization_config does not quantise."
+            )
+        if as_stored:
+            missing = [key for key in missing if key.rpartition(".")[0] not in stray]
+            mismatched = [key for key in mismatched if key.rpartition(".")[0] not in stray]
+    if missing:
         raise ConversionError(f"{name} lacks {len(missing)} tensors its config asks for, first {missing[0]!r}.")
-    mismatched = sorted(str(key) for key in info["mismatched_keys"] if DEPTH_PREFIX not in str(key))
     if mismatched:
         raise ConversionError(f"{name}: tensors whose shapes contradict config.json, first {mismatched[0]}.")
-    return model.eval()
+    return (formats.dequantized(model, dtype) if is_dequantized else model).eval()

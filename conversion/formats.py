@@ -1,0 +1,386 @@
+"""Formats of checkpoints: which are refused, with what to do instead, and how quantisation is carried over.
+
+A quantisation config names modules of the model it was made for. In the converted model these lie below `backbone.`,
+and each of Transformers' quantisers matches names in its own way, so the names are translated for each.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging
+
+from ..modeling_attnres import DECODER_LAYERS, AttnResPreTrainedModel
+from .errors import ConversionError
+
+BACKBONE = AttnResPreTrainedModel.base_model_prefix + "."
+DEPTH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+# Files by which a format is known, what it is, and what to do instead; asked when a directory lacks what is converted.
+OTHER_FORMATS = (
+    (
+        "adapter_config.json",
+        "a PEFT adapter",
+        "Merge it into its base model (`merge_and_unload`), save that, and convert the result.",
+    ),
+    (
+        "*.gguf",
+        "GGUF weights",
+        "Convert the checkpoint that they were made from, or dequantise them first: `from_pretrained(directory, "
+        "gguf_file=...)`, then `save_pretrained`.",
+    ),
+    (
+        "consolidated*",
+        "weights in their authors' own layout (consolidated)",
+        "Convert the edition of the model for Transformers, which has a config.json and model*.safetensors.",
+    ),
+    (
+        "params.json",
+        "a config in its authors' own layout (params.json)",
+        "Convert the edition of the model for Transformers, which has a config.json and model*.safetensors.",
+    ),
+    (
+        "pytorch_model*.bin",
+        "pickled weights",
+        "A pickle can run code; pass allow_pickle (--allow-pickle) to read it with `weights_only` and rewrite it as "
+        "safetensors, or save the model as safetensors first.",
+    ),
+    ("*.pt", "pickled weights", "Save the model with `save_pretrained` and convert that."),
+    ("*.pth", "pickled weights", "Save the model with `save_pretrained` and convert that."),
+    ("*.bin", "pickled weights", "Save the model with `save_pretrained` and convert that."),
+    ("tf_model*.h5", "TensorFlow weights", "Convert the model's PyTorch checkpoint."),
+    ("*.ckpt.index", "a TensorFlow checkpoint", "Convert the model's PyTorch checkpoint."),
+    ("flax_model*.msgpack", "Flax weights", "Convert the model's PyTorch checkpoint."),
+    ("*.onnx", "an ONNX graph", "Convert the checkpoint that it was exported from."),
+    ("*.npz", "MLX or NumPy weights", "Convert the model's PyTorch checkpoint."),
+    ("*.nemo", "a NeMo archive", "Export it as a Transformers checkpoint and convert that."),
+)
+
+# What an architecture that is no decoder is, by the Auto mapping that it is in; the first that fits.
+OTHER_ARCHITECTURES = (
+    ("MULTIMODAL_LM", "composite"),
+    ("SEQ_TO_SEQ_CAUSAL_LM", "encoder-decoder"),
+    ("SPEECH_SEQ_2_SEQ", "encoder-decoder"),
+    ("MASKED_LM", "encoder"),
+)
+WHY_NOT = {
+    "composite": "is a composite of a language model and encoders for other inputs. Extract the language model: load "
+    "the whole with its own class, load the state of its language model and its head into "
+    "`AutoModelForCausalLM.from_config(config.get_text_config())`, `save_pretrained` that, and convert the result.",
+    "encoder-decoder": "is an encoder-decoder, and only decoders can be converted: depth attention has no form for "
+    "cross-attention. Choose a decoder-only checkpoint.",
+    "encoder": "is an encoder, and only decoders can be converted. Choose a decoder-only checkpoint.",
+    "custom": "is not an architecture of this version of Transformers, and the code that comes with the checkpoint "
+    "(auto_map) is not run. Choose a checkpoint, or a version of Transformers, that has the architecture built in.",
+    "mlx": "is quantised by MLX (`quantization`), which Transformers does not load. Convert the checkpoint that it was "
+    "made from.",
+}
+
+
+def other_format(names: Iterable[str]) -> str | None:
+    """What files of these names hold, if it is a known format that is not converted, and what to do instead."""
+    names = sorted(names)
+    for pattern, what, instead in OTHER_FORMATS:
+        if found := [name for name in names if fnmatch(name, pattern)]:
+            return f"{what} ({found[0]}). {instead}"
+    return None
+
+
+def other_architecture(config: dict[str, Any]) -> str | None:
+    """Why a config.json is not a decoder's, if it is known what it is instead, and what to do."""
+    model_type = config.get("model_type")
+    kind = None
+    if config.get("is_encoder_decoder") is True:
+        kind = "encoder-decoder"
+    elif isinstance(config.get("text_config"), dict):
+        kind = "composite"
+    elif model_type not in DECODER_LAYERS:
+        if "auto_map" in config and model_type not in CONFIG_MAPPING_NAMES:
+            kind = "custom"
+        for mapping, architecture in OTHER_ARCHITECTURES:
+            if kind is None and model_type in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES"):
+                kind = architecture
+    if kind is None and isinstance(config.get("quantization"), dict):
+        quantization = config.get("quantization_config", {})
+        if isinstance(quantization, dict) and "quant_method" not in quantization:
+            kind = "mlx"
+    return None if kind is None else f"{model_type!r} {WHY_NOT[kind]}"
+
+
+# -- pickled weights ---------------------------------------------------------------------------------------------------
+
+
+def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a pickled state dict without running code of it.
+
+    Args:
+        path (`Path`): a file written by `torch.save`.
+
+    Returns:
+        `dict`: contiguous tensors of which no two share memory, as safetensors needs them.
+
+    Raises:
+        ConversionError: the file is damaged, needs more than `weights_only`, or holds something else than tensors.
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
+        raise ConversionError(
+            f"{path} cannot be read with weights_only, and is not read otherwise: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(contents, dict) or not contents:
+        raise ConversionError(f"{path} holds a {type(contents).__name__}; a dict of tensors was expected.")
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in contents.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise ConversionError(f"{path}: {name!r} is a {type(tensor).__name__}; a dense tensor was expected.")
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = (
+            tensor.contiguous() if storage not in seen else tensor.clone(memory_format=torch.contiguous_format)
+        )
+        seen.add(storage)
+    return tensors
+
+
+# -- quantisation ------------------------------------------------------------------------------------------------------
+
+
+def quantization_method(config: PreTrainedConfig | dict[str, Any]) -> str | None:
+    """The method of a configuration's `quantization_config`, or `None` if it has none.
+
+    Raises:
+        ConversionError: it is malformed, or of a method whose names cannot be translated.
+    """
+    values = config if isinstance(config, dict) else config.__dict__
+    quantization = values.get("quantization_config")
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
+        raise ConversionError(f"config.json: quantization_config={quantization!r}; an object was expected.")
+    is_legacy = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    method = "bitsandbytes" if is_legacy else quantization.get("quant_method")
+    if not isinstance(method, str) or method not in TRANSLATIONS:
+        raise ConversionError(
+            f"config.json: quantization_config has quant_method={method!r}; checkpoints quantised by "
+            f"{', '.join(sorted(TRANSLATIONS))} can be converted. Convert the unquantised checkpoint and quantise the "
+            "result."
+        )
+    return method
+
+
+def unquantized(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same configuration without `quantization_config`."""
+    config = copy.deepcopy(config)
+    config.__dict__.pop("quantization_config", None)
+    return config
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The unquantised model of a configuration, without weights."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(unquantized(config))
+    except Exception as error:  # whatever a model's constructor makes of a configuration that it did not expect
+        raise ConversionError(
+            f"config.json: a {config.model_type} model cannot be made of it: {type(error).__name__}: {error}"
+        ) from error
+
+
+def translate(config: PreTrainedConfig) -> dict[str, Any]:
+    """The `quantization_config` of a decoder, as the converted model needs it.
+
+    Args:
+        config (`PreTrainedConfig`): the decoder's configuration, with a `quantization_config`.
+
+    Returns:
+        `dict`: the same, with every name that refers to a module referring to it below `backbone.`.
+
+    Raises:
+        ConversionError: a field that holds names holds something else.
+    """
+    model = meta_model(config)
+    quantization = copy.deepcopy(config.quantization_config)
+    for field, translation in TRANSLATIONS[quantization_method(config) or ""].items():
+        try:
+            value = translation(quantization.get(field), model)
+        except (TypeError, ValueError, KeyError, AttributeError, re.error) as error:
+            raise ConversionError(
+                f"config.json: quantization_config.{field}={quantization.get(field)!r} does not name modules as "
+                f"expected: {error}"
+            ) from error
+        if value is not None:
+            quantization[field] = value
+    return quantization
+
+
+def _skipped(patterns: Any, model: PreTrainedModel) -> list[str] | None:
+    """Patterns are prefixes, regular expressions or suffixes of names; what they match here is named in full."""
+    if patterns is None:
+        return None
+    patterns = _strings(patterns)
+    return [
+        BACKBONE + name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) or name.endswith(".experts")
+        if not should_convert_module(name, patterns)
+    ]
+
+
+def _skipped_on_disk(patterns: Any, model: PreTrainedModel) -> list[str] | None:
+    """The same for patterns that are written for the names on disk."""
+    if patterns is None:
+        return None
+    renamed = []
+    for pattern in _strings(patterns):
+        pattern += "."
+        for transform in get_model_conversion_mapping(model):
+            pattern, _ = transform.rename_source_key(pattern)
+        renamed.append(pattern.removesuffix("."))
+    return _skipped(renamed, model)
+
+
+def _matched(targets: Any, model: PreTrainedModel) -> list[str] | None:
+    """Targets are full names, `re:` and an expression matched from the start of names, or names of classes."""
+    if targets is None:
+        return None
+    names = {name for name, _ in model.named_modules()}
+    translated = []
+    for target in _strings(targets):
+        if target.startswith("re:"):
+            expression = re.sub(r"(^|[|(])\^", r"\1", target.removeprefix("re:"))
+            re.compile(expression)
+            anywhere = expression.startswith(".*") and "|" not in expression
+            target = f"re:{expression}" if anywhere else f"re:{re.escape(BACKBONE)}(?:{expression})"
+        elif target in names or "." in target:
+            target = BACKBONE + target
+        translated.append(target)
+    return translated
+
+
+def _groups(groups: Any, model: PreTrainedModel) -> dict[str, Any] | None:
+    if groups is None:
+        return None
+    # A group is a scheme with its targets, or the targets of a preset scheme.
+    return {
+        name: {**group, "targets": _matched(group["targets"], model)}
+        if isinstance(group, dict)
+        else _matched(group, model)
+        for name, group in groups.items()
+    }
+
+
+def _block_name(name: Any, model: PreTrainedModel) -> str:
+    if name is None:  # guessed from the start of names, where the backbone's are not found
+        layers = model.base_model.layers
+        name = next(name for name, module in model.named_modules() if module is layers)
+    return BACKBONE + _strings([name])[0]
+
+
+def _strings(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TypeError("a list of strings was expected")
+    return value
+
+
+# For each method the fields that name modules, and how.
+FP8: dict[str, Callable[[Any, PreTrainedModel], Any]] = {
+    "modules_to_not_convert": _skipped_on_disk,
+    "ignored_layers": _skipped_on_disk,
+}
+TRANSLATIONS: dict[str, dict[str, Callable[[Any, PreTrainedModel], Any]]] = {
+    "awq": {"modules_to_not_convert": _skipped},
+    "bitsandbytes": {"llm_int8_skip_modules": _skipped},
+    "compressed-tensors": {"config_groups": _groups, "ignore": _matched},
+    "fp8": FP8,
+    "gptq": {"block_name_to_quantize": _block_name},
+    "mxfp4": {"modules_to_not_convert": _skipped},
+    "mxfp8": FP8,
+}
+
+# Methods whose weights Transformers dequantises, on every machine alike: what is compared then has no kernel in it.
+DEQUANTIZED = ("bitsandbytes", "fp8", "mxfp4", "mxfp8")
+
+
+def unavailable(config: PreTrainedConfig) -> str | None:
+    """Why a quantised checkpoint cannot be loaded on this machine, or `None` if it can, or is not quantised.
+
+    Raises:
+        ConversionError: Transformers makes no quantiser of the `quantization_config`.
+    """
+    if quantization_method(config) is None:
+        return None
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(config.quantization_config), pre_quantized=True)
+        quantizer.validate_environment(device_map={"": "cpu"}, weights_only=True)
+    except (ImportError, RuntimeError) as error:
+        return str(error)
+    except Exception as error:  # whatever a library makes of values that it did not expect
+        raise ConversionError(
+            f"config.json: quantization_config makes no quantiser: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return None
+
+
+def loads_on_meta(config: PreTrainedConfig) -> bool:
+    """Whether Transformers can load the checkpoint on this machine's meta device."""
+    return unavailable(config) is None and quantization_method(config) != "bitsandbytes"
+
+
+def dequantized_while_loading(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration to load the weights of a method in `DEQUANTIZED` by, wherever they would be loaded."""
+    config = copy.deepcopy(config)
+    config.quantization_config["dequantize"] = True
+    return config
+
+
+def dequantized(model: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A model loaded by such a configuration, in `dtype`; loading casts only a part of its tensors."""
+    if getattr(model, "is_quantized", False):
+        model.dequantize()
+    return model.to(dtype)
+
+
+def depth_dtype(config: PreTrainedConfig, num_elements: Mapping[str, int]) -> torch.dtype:
+    """The dtype of the depth parameters, which are never quantised: the configuration's, else the most frequent one.
+
+    Args:
+        config (`PreTrainedConfig`): the decoder's configuration.
+        num_elements (mapping of `str` to `int`): how many elements are stored in each dtype, as safetensors calls it.
+    """
+    if isinstance(config.dtype, torch.dtype) and config.dtype in DEPTH_DTYPES.values():
+        return config.dtype
+    candidates = [name for name in DEPTH_DTYPES if num_elements.get(name)]
+    return DEPTH_DTYPES[max(candidates, key=num_elements.__getitem__)] if candidates else torch.float32
+
+
+def modules_of(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """The linear and embedding modules of a model that tensors of these names belong to."""
+    modules = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    return {parent for name in names for parent in _parents(name) if parent in modules}
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
