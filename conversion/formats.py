@@ -25,7 +25,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
-from ..modeling_attnres import DECODER_LAYERS, AttnResPreTrainedModel
+from ..backbones import SUPPORTED
+from ..modeling_attnres import AttnResPreTrainedModel
 from .errors import ConversionError
 
 BACKBONE = AttnResPreTrainedModel.base_model_prefix + "."
@@ -111,7 +112,7 @@ def other_architecture(config: dict[str, Any]) -> str | None:
         kind = "encoder-decoder"
     elif isinstance(config.get("text_config"), dict):
         kind = "composite"
-    elif model_type not in DECODER_LAYERS:
+    elif model_type not in SUPPORTED:
         if "auto_map" in config and model_type not in CONFIG_MAPPING_NAMES:
             kind = "custom"
         for mapping, architecture in OTHER_ARCHITECTURES:

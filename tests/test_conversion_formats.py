@@ -19,8 +19,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from attnres import AttnResConfig, AttnResConfigError, AttnResError, AttnResForCausalLM, convert
+from attnres.backbones import SUPPORTED
 from attnres.conversion import ConversionError, formats
-from attnres.modeling_attnres import DECODER_LAYERS
 
 BLOCK = 16
 SHARD = "model.safetensors"
@@ -384,7 +384,6 @@ def test_packed_experts_that_transformers_cannot_load(tmp_path: Path, monkeypatc
         convert(source, tmp_path / "converted", verify="none")
 
 
-@pytest.mark.skipif("gpt_oss" not in DECODER_LAYERS, reason="gpt_oss, which mxfp4 is for, is not in the table")
 @pytest.mark.parametrize("is_quantized", [True, False])
 def test_fused_experts_of_gpt_oss(is_quantized: bool, tmp_path: Path) -> None:
     """Weights of two 4-bit floats to a byte, with one exponent for 32 of them."""
