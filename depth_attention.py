@@ -43,8 +43,8 @@ class DepthState(NamedTuple):
         partial_sum (`torch.Tensor`, *optional*):
             Sum of the outputs written to the open block, `[batch, sequence, hidden]`; `None` at a block boundary.
         inverse_rms (`torch.Tensor`, *optional*):
-            1 / rms of the finished sources, `[sources, batch, sequence]`, float32, for `"two_phase"`; up to the end of a
-            block it lacks the source which that block became.
+            1 / rms of the finished sources, `[sources, batch, sequence]`, float32, for `"two_phase"`; up to the end of
+            a block it lacks the source which that block became.
         phase_one (`tuple[torch.Tensor, ...]`):
             What phase one (Algorithm 1) found over the finished sources for the reads of the open block: normalised
             output of each, `[batch, sequence, hidden]`, then the log-sum-exp of each, `[batch, sequence]`, float32;

@@ -24,9 +24,9 @@ known, is small enough per token to stay in registers or in the cache. So device
                          the hidden states (and the new partial sum)
     phase two, backward  reads the same and one or two gradients, writes two
 
-Sources are passed as they are, a tuple of pointers, never stacked. Sums over tokens are reduced in a fixed order, without
-atomics: results are the same in every run. Products are taken in float32 without tensor cores (float64 for float64
-queries), which leaves all of this bound by memory at the shapes of Block AttnRes.
+Sources are passed as they are, a tuple of pointers, never stacked. Sums over tokens are taken in a fixed order, without
+atomics: results are the same in every run. Products are in float32, without tensor cores (float64 for float64 queries):
+at the shapes of Block AttnRes that is several times less work than fits into the time of reading and writing.
 """
 
 from __future__ import annotations
@@ -356,8 +356,8 @@ BACKWARD_PROGRAMS = 512  # of phase two; each sums over its tokens
 
 
 def tiles(num_sources: int, hidden: int, elements: int) -> dict[str, int]:
-    """How a program looks at `[sources, hidden]`: all at once if that is at most twice `elements`, which then stay in
-    registers, else in blocks of columns, with 64 elements per thread at most."""
+    """How a program looks at `[sources, hidden]`, with at most `elements` for four warps: all at once, in registers, if
+    eight warps are enough for that, else in blocks of columns."""
     padded = triton.next_power_of_2(num_sources)
     block = triton.next_power_of_2(hidden)
     if padded * block > 2 * elements:
@@ -366,6 +366,7 @@ def tiles(num_sources: int, hidden: int, elements: int) -> dict[str, int]:
 
 
 def phase_two_tiles(hidden: int) -> dict[str, int]:
+    """All columns at once, 8 of them for each thread."""
     block = triton.next_power_of_2(hidden)
     return {"BLOCK": block, "num_warps": min(32, max(1, block // 256))}
 
@@ -380,18 +381,28 @@ def launch(kernel: Any, grid: tuple[int, ...], on: torch.Tensor, *args: Any, **k
     """Runs a kernel on the device of the tensor `on`, which need not be the current one."""
     if 0 not in grid:  # there may be no token
         with torch.cuda.device_of(on):
-            kernel[grid](*args, **kwargs)
+            kernel[grid](*args, **kwargs, enable_fp_fusion=True)
 
 
-def operator(function: Callable) -> Callable:
-    """While compiling, a launch is an operator that the compiler does not look into; else it is just called."""
-    custom = torch.library.custom_op(f"{__name__.replace('.', '_')}::{function.__name__}", mutates_args=())(function)
+def operator(results: Callable) -> Callable:
+    """While compiling, a launch is an operator that the compiler does not look into; else it is just called.
 
-    def call(*args: Any) -> Any:
-        return (custom if torch.compiler.is_compiling() else function)(*args)
+    Args:
+        results (`Callable`): from the same arguments, empty tensors such as the operator returns.
+    """
 
-    call.register_fake = custom.register_fake  # type: ignore[attr-defined]
-    return call
+    def decorate(function: Callable) -> Callable:
+        name = f"{__name__.replace('.', '_')}::{function.__name__}"
+        custom = torch.library.custom_op(name, function, mutates_args=())
+        custom.register_fake(results)
+        return lambda *args: (custom if torch.compiler.is_compiling() else function)(*args)
+
+    return decorate
+
+
+def empty_like(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
+    """Contiguous, and without those that are not there."""
+    return [tensor.new_empty(tensor.shape) for tensor in tensors if tensor is not None]
 
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -405,7 +416,12 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-@operator
+@operator(
+    lambda queries, sources, *_: (
+        queries.new_empty(len(queries), *sources[0].shape),
+        queries.new_empty(len(queries), len(sources[0])),
+    )
+)
 def launch_phase_one(
     queries: torch.Tensor, sources: list[torch.Tensor], first_scale: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -435,13 +451,7 @@ def launch_phase_one(
     return output, log_sum_exp
 
 
-@launch_phase_one.register_fake
-def _(queries: Any, sources: Any, first_scale: Any, eps: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (queries.shape[0], *sources[0].shape)
-    return queries.new_empty(shape), queries.new_empty(shape[:-1])
-
-
-@operator
+@operator(lambda queries, sources, *_: empty_like(queries, *sources))
 def launch_phase_one_backward(
     queries: torch.Tensor,
     sources: list[torch.Tensor],
@@ -454,7 +464,7 @@ def launch_phase_one_backward(
     """Gradients of the queries and of each source."""
     (num_tokens, hidden), num_reads, num_sources = sources[0].shape, queries.shape[0], len(sources)
     queries = plain(queries)
-    grad_sources = [source.new_empty(source.shape) for source in sources]
+    grad_sources = empty_like(*sources)
     grad_products = queries.new_empty(num_sources, num_tokens, num_reads)
     sizes = tiles(num_sources, hidden, elements=4096)
     launch(
@@ -497,12 +507,7 @@ def launch_phase_one_backward(
     return [partial_grads.sum(0), *grad_sources]
 
 
-@launch_phase_one_backward.register_fake
-def _(queries: Any, sources: Any, *others: Any) -> list[torch.Tensor]:
-    return [tensor.new_empty(tensor.shape) for tensor in (queries, *sources)]
-
-
-@operator
+@operator(lambda output, log_sum_exp, total, added, *_: empty_like(total, None if added is None else total))
 def launch_phase_two(
     output: torch.Tensor,
     log_sum_exp: torch.Tensor,
@@ -516,7 +521,7 @@ def launch_phase_two(
 ) -> list[torch.Tensor]:
     """Hidden states and, where something is added, the new partial sum; all `[tokens, hidden]`."""
     hidden = query.shape[0]
-    results = [partial_sum.new_empty(partial_sum.shape) for _ in range(1 if added is None else 2)]
+    results = empty_like(partial_sum, None if added is None else partial_sum)
     launch(
         phase_two_kernel,
         partial_sum.shape[:1],
@@ -538,12 +543,11 @@ def launch_phase_two(
     return results
 
 
-@launch_phase_two.register_fake
-def _(output: Any, log_sum_exp: Any, partial_sum: Any, added: Any, *others: Any) -> list[torch.Tensor]:
-    return [partial_sum.new_empty(partial_sum.shape) for _ in range(1 if added is None else 2)]
-
-
-@operator
+@operator(
+    lambda output, log_sum_exp, total, query, norm_weight, *_: empty_like(
+        output, log_sum_exp, total, query, None if norm_weight is None else query
+    )
+)
 def launch_phase_two_backward(
     output: torch.Tensor,
     log_sum_exp: torch.Tensor,
@@ -559,7 +563,7 @@ def launch_phase_two_backward(
     """Gradients of output, log-sum-exp, partial sum, query and, where there is one, norm weight."""
     num_tokens, hidden = total.shape
     programs = max(1, min(BACKWARD_PROGRAMS, num_tokens))
-    grads = [tensor.new_empty(tensor.shape) for tensor in (output, log_sum_exp, total)]
+    grads = empty_like(output, log_sum_exp, total)
     partial_grads = [query.new_empty(programs, hidden) for _ in range(1 if norm_weight is None else 2)]
     launch(
         phase_two_backward_kernel,
@@ -583,12 +587,6 @@ def launch_phase_two_backward(
         **phase_two_tiles(hidden),
     )
     return [*grads, *(partial.sum(0) for partial in partial_grads)]
-
-
-@launch_phase_two_backward.register_fake
-def _(output: Any, log_sum_exp: Any, total: Any, query: Any, norm_weight: Any, *others: Any) -> list[torch.Tensor]:
-    inputs = (output, log_sum_exp, total, query) if norm_weight is None else (output, log_sum_exp, total, query, query)
-    return [tensor.new_empty(tensor.shape) for tensor in inputs]
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
@@ -640,9 +638,7 @@ class PhaseTwo(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         output, log_sum_exp, value = rows(output), log_sum_exp.reshape(-1), rows(partial_sum)
         more = None if added is None else rows(added)
-        results = launch_phase_two(
-            output, log_sum_exp, value, more, query, norm_weight, scale, eps, norm_eps
-        )
+        results = launch_phase_two(output, log_sum_exp, value, more, query, norm_weight, scale, eps, norm_eps)
         ctx.settings, ctx.shape = (scale, eps, norm_eps), partial_sum.shape
         ctx.added_dtype = None if added is None else added.dtype
         ctx.save_for_backward(output, log_sum_exp, value if added is None else results[1], query, norm_weight)
@@ -676,8 +672,8 @@ def check_device(tensor: torch.Tensor) -> None:
     """Raises [`AttnResError`] where the kernels cannot run."""
     if tensor.device.type != "cuda" and not IS_INTERPRETED:
         raise AttnResError(
-            f"depth_attention_implementation='triton' runs on CUDA devices, but the sources are on {tensor.device}. Move "
-            "the model, or choose 'two_phase' or 'auto'. (For tests, Triton's interpreter runs the kernels on any "
+            f"depth_attention_implementation='triton' runs on CUDA devices, but the sources are on {tensor.device}. "
+            "Move the model, or choose 'two_phase' or 'auto'. (For tests, Triton's interpreter runs the kernels on any "
             "device: set TRITON_INTERPRET=1 before anything imports triton.)"
         )
 
@@ -768,6 +764,4 @@ def phase_two_add_norm(
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: normed hidden states and the new partial sum, both `[..., hidden]`.
     """
-    return PhaseTwo.apply(
-        output, log_sum_exp, partial_sum, sublayer_output, query, norm_weight, scale, eps, norm_eps
-    )
+    return PhaseTwo.apply(output, log_sum_exp, partial_sum, sublayer_output, query, norm_weight, scale, eps, norm_eps)

@@ -112,7 +112,9 @@ def test_phase_one_with_all_reads_in_a_program(device: str, monkeypatch: pytest.
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("sources", "reads", "tokens", "hidden"), [(5, 8, 300, 2048), (9, 6, 140, 7168), (57, 1, 9, 1024)])
+@pytest.mark.parametrize(
+    ("sources", "reads", "tokens", "hidden"), [(5, 8, 300, 2048), (9, 6, 140, 7168), (57, 1, 9, 1024)]
+)
 def test_phase_one_at_real_sizes(sources: int, reads: int, tokens: int, hidden: int, device: str) -> None:
     if device != "cuda":
         pytest.skip("too large to be interpreted")
@@ -367,7 +369,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     real models, and sources must be read 16 bytes at a time."""
     program = Path(__file__).with_name("compile_kernels.py").read_text(encoding="utf-8")
     found = json.loads(run_elsewhere(program, tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cache")))
-    assert len(found) == 15
-    for name, kernel in found.items():  # the largest merge of all needs a few registers more than there are
-        assert kernel["spilled_bytes"] <= (256 if name == "d 7168, fused, phase_two_backward_kernel" else 0), name
+    assert len(found) == 17
+    for name, kernel in found.items():  # the largest merge needs a few registers more than there are
+        assert kernel["spilled_bytes"] <= (256 if name.startswith("phase_two_backward_kernel") else 0), name
         assert not kernel["narrow_loads_of_values"], name
