@@ -7,9 +7,9 @@ from reference import read as reference_read
 from tiny import FAMILIES, random_tokens, retrofit, tiny_model
 
 from attnres import AttnResConfig, DepthAttention, depth_attention
-from attnres.depth_attention import DepthSettings, DepthState, depth_weights, read
+from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, DepthSettings, DepthState, depth_weights, read
 
-IMPLEMENTATIONS = ["eager", "two_phase"]  # for "triton" and "auto" see test_depth_attention_triton.py
+IMPLEMENTATIONS = sorted({*DEPTH_ATTENTION_FUNCTIONS} - {"auto", "triton"})  # test_depth_attention_triton.py has these
 HIDDEN = 24
 
 
