@@ -16,7 +16,9 @@ import pytest
 import torch
 from reference import ReferenceModel
 from tiny import random_tokens, retrofit, tiny_model
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
+from attnres import depth_attention, modeling_attnres
 from attnres.depth_attention import AutoDepthAttention, DepthState, TritonDepthAttention, TwoPhaseDepthAttention
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -362,6 +364,12 @@ model.save_pretrained("again")
     assert "the sources are on cpu" in printed[5]
     assert "'two_phase' or 'auto'" in printed[5]
     assert (tmp_path / "again" / "depth_attention_triton.py").is_file()
+
+
+def test_loader_finds_the_file_and_does_not_ask_for_triton() -> None:
+    """The loader of code on the Hub follows relative imports, and refuses files whose other imports are missing."""
+    assert kernels.__file__ in get_relative_import_files(modeling_attnres.__file__)
+    assert "triton" not in get_imports(depth_attention.__file__) + get_imports(kernels.__file__)
 
 
 def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
