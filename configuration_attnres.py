@@ -26,7 +26,7 @@ from transformers.configuration_utils import SubConfigSpec
 from .backbones import REFUSED, SUPPORTED, Backbone
 
 MIXES = ("mean", "sum")
-DEPTH_ATTENTION_IMPLEMENTATIONS = ("eager", "two_phase")
+DEPTH_ATTENTION_IMPLEMENTATIONS = ("eager", "two_phase", "triton", "auto")
 DEPTH_FIELDS = ("block_size", "num_blocks", "mix", "key_norm_eps", "depth_attention_implementation")
 OWN_FIELDS = ("auto_map", "quantization_config")  # a backbone may have them too, but the loader looks for them here
 DEFAULT_NUM_BLOCKS = 8
@@ -88,7 +88,8 @@ class AttnResConfig(PreTrainedConfig):
         key_norm_eps (`float`, *optional*, defaults to 1e-6):
             Epsilon of the RMSNorm on the keys.
         depth_attention_implementation (`str`, *optional*, defaults to `"two_phase"`):
-            How depth attention is computed; see `depth_attention.py`. Every implementation gives the same result.
+            How depth attention is computed: `"eager"` (the reference), `"two_phase"`, `"triton"` (CUDA devices), or
+            `"auto"` (`"triton"` where it runs, else `"two_phase"`). Every implementation gives the same result.
 
     Raises:
         AttnResConfigError: a value is out of range; the message names the field, the value and what is allowed.

@@ -25,6 +25,7 @@ A read is `h = sum_i a_i v_i` with `a = softmax_i(w . v_i / rms(v_i))` over the 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -42,8 +43,8 @@ class DepthState(NamedTuple):
         partial_sum (`torch.Tensor`, *optional*):
             Sum of the outputs written to the open block, `[batch, sequence, hidden]`; `None` at a block boundary.
         inverse_rms (`torch.Tensor`, *optional*):
-            1 / rms of the finished sources, `[sources, batch, sequence]`, float32, for implementations with phases; up
-            to the end of a block it lacks the source which that block became.
+            1 / rms of the finished sources, `[sources, batch, sequence]`, float32, for `"two_phase"`; up to the end of
+            a block it lacks the source which that block became.
         phase_one (`tuple[torch.Tensor, ...]`):
             What phase one (Algorithm 1) found over the finished sources for the reads of the open block: normalised
             output of each, `[batch, sequence, hidden]`, then the log-sum-exp of each, `[batch, sequence]`, float32;
@@ -77,7 +78,8 @@ class DepthState(NamedTuple):
         partial_sum = None
         if num_written % block_size > 0:
             partial_sum, rest = rest[0], rest[1:]
-        inverse_rms, phase_one = (rest[0], rest[1:]) if rest else (None, ())
+        # Phase one comes in pairs.
+        inverse_rms, phase_one = (rest[0], rest[1:]) if len(rest) % 2 else (None, rest)
         return cls(sources, partial_sum, inverse_rms, phase_one)
 
 
@@ -437,9 +439,58 @@ class PhaseTwo(torch.autograd.Function):
         )
 
 
-DEPTH_ATTENTION_FUNCTIONS: dict[str, type[EagerDepthAttention] | type[TwoPhaseDepthAttention]] = {
+class TritonDepthAttention:
+    """Algorithm 1 in the kernels of `depth_attention_triton.py`, for CUDA devices. Same arguments and results as
+    [`EagerDepthAttention`]; raises [`AttnResError`] where Triton is missing, or sources are elsewhere."""
+
+    @staticmethod
+    def open_block(queries: torch.Tensor, state: DepthState, mix: str, eps: float) -> DepthState:
+        from .depth_attention_triton import phase_one
+
+        first_scale = len(state.sources) if mix == "sum" else 1
+        return state._replace(phase_one=phase_one(queries, state.sources, first_scale, eps))
+
+    @staticmethod
+    def read(query: torch.Tensor, state: DepthState, index_in_block: int, mix: str, eps: float) -> torch.Tensor:
+        from .depth_attention_triton import phase_two
+
+        if state.partial_sum is None:
+            return state.phase_one[0].to(state.sources[0].dtype)
+        scale = len(state.sources) + 1 if mix == "sum" else 1
+        output = state.phase_one[index_in_block]
+        log_sum_exp = state.phase_one[len(state.phase_one) // 2 + index_in_block]
+        return phase_two(output, log_sum_exp, state.partial_sum, query, scale, eps)
+
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+class AutoDepthAttention:
+    """[`TritonDepthAttention`] where it runs, else [`TwoPhaseDepthAttention`]; asked anew at every read, because the
+    layers of a model may be on different devices."""
+
+    @staticmethod
+    def open_block(queries: torch.Tensor, state: DepthState, mix: str, eps: float) -> DepthState:
+        return AutoDepthAttention.choose(state).open_block(queries, state, mix, eps)
+
+    @staticmethod
+    def read(query: torch.Tensor, state: DepthState, index_in_block: int, mix: str, eps: float) -> torch.Tensor:
+        return AutoDepthAttention.choose(state).read(query, state, index_in_block, mix, eps)
+
+    @staticmethod
+    def choose(state: DepthState) -> type[TwoPhaseDepthAttention] | type[TritonDepthAttention]:
+        return TritonDepthAttention if HAS_TRITON and state.sources[0].is_cuda else TwoPhaseDepthAttention
+
+
+DepthAttentionImplementation = (
+    type[EagerDepthAttention] | type[TwoPhaseDepthAttention] | type[TritonDepthAttention] | type[AutoDepthAttention]
+)
+
+DEPTH_ATTENTION_FUNCTIONS: dict[str, DepthAttentionImplementation] = {
     "eager": EagerDepthAttention,
     "two_phase": TwoPhaseDepthAttention,
+    "triton": TritonDepthAttention,
+    "auto": AutoDepthAttention,
 }
 """Implementations by their name in `config.depth_attention_implementation`."""
 
@@ -451,7 +502,7 @@ class DepthSettings(NamedTuple):
     block_size: int
     mix: str
     key_norm_eps: float
-    implementation: type[EagerDepthAttention] | type[TwoPhaseDepthAttention]
+    implementation: DepthAttentionImplementation
 
     @classmethod
     def of(cls, config: AttnResConfig) -> DepthSettings:

@@ -1,12 +1,18 @@
 """The operation alone: all reads of one block, against how released models and libraries compute them.
 
     python benchmarks/depth_attention.py --dtype float32 bfloat16 --output results.json
+    python benchmarks/depth_attention.py --device cuda --output results.json
 
 One block of S reads over n finished sources of T tokens, with S - 1 sublayer outputs added to the partial sum between.
-Every candidate is first checked against float64, in its output and, where it has the same mathematics, its gradients.
-Then all run in turn, and each figure is the median over rounds of the candidate's time over that of `two_phase`. The
-share of the copy bandwidth is what Table 1 says has to be moved ((n/S + 5) T d elements per read, forward), over the
-time it took, over what copying memory reached in the same run.
+Every candidate is first checked against float64 on the first tokens, in its output and, where it has the same
+mathematics, its gradients. Then all run in turn, and each figure is the median over rounds of the candidate's time over
+that of the first. The share of the copy bandwidth is what Table 1 says has to be moved ((n/S + 5) T d elements per
+read, forward), over the time it took, over what copying memory reached in the same run.
+
+On a CUDA device (16384 tokens, hidden sizes 2048 and 7168, 4 sources, bfloat16) the kernels of flash-linear-attention,
+liger-kernel and flash-attn-res are candidates, each where its package can be imported. One that fails (a hidden size or
+dtype it does not take, memory) is listed with its error. flash-attn-res is given its sources stacked, because a model
+built on it keeps them so; liger-kernel stacks at every read, because the partial sum is one of its sources.
 """
 
 from __future__ import annotations
@@ -17,6 +23,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +38,34 @@ from torch import nn
 from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, DepthSettings, DepthState, read
 
 EPS = 1e-6
+CHECKED_TOKENS = 256
+DEFAULTS = {
+    "cpu": dict(tokens=512, hidden=[1024], sources=8, dtype=["float32", "bfloat16"]),
+    "cuda": dict(tokens=16384, hidden=[2048, 7168], sources=4, dtype=["bfloat16"]),
+}
+PACKAGES = {  # by the module that tells whether it is there
+    "torch": "torch",
+    "triton": "triton",
+    "fla": "fla-core",
+    "liger_kernel": "liger-kernel",
+    "flash_attn_res": "flash-attn-res",
+}
 Reads = Callable[[tuple[torch.Tensor, ...], list[torch.Tensor], torch.Tensor], list[torch.Tensor]]
+
+
+@dataclass
+class Candidate:
+    """A way to compute the reads of a block.
+
+    Attributes:
+        reads: from sources, sublayer outputs and queries, the hidden states of each read.
+        stacked: whether it is given one source, `[sources, batch, tokens, hidden]`.
+        with_backward: whether its gradients are compared and timed.
+    """
+
+    reads: Reads
+    stacked: bool = False
+    with_backward: bool = True
 
 
 def stacked_read(values: list[torch.Tensor], query: torch.Tensor) -> torch.Tensor:
@@ -64,45 +101,119 @@ def ours(implementation: str) -> Reads:
     return reads
 
 
-def candidates(hidden: int, dtype: torch.dtype) -> dict[str, Reads]:
+def fused_reads(sources: tuple[torch.Tensor, ...], outputs: list[torch.Tensor], queries: torch.Tensor) -> Any:
+    """The kernels with the addition to the partial sum inside the merge."""
+    from attnres.depth_attention_triton import phase_one, phase_two, phase_two_add
+
+    first, *others = phase_one(queries, sources, 1, EPS)
+    normalised, log_sum_exps = others[: len(queries) - 1], others[len(queries) :]
+    results, partial_sum = [first.to(sources[0].dtype)], None
+    for query, output, *blocks in zip(queries[1:], outputs, normalised, log_sum_exps):
+        if partial_sum is None:
+            partial_sum = output
+            results.append(phase_two(*blocks, partial_sum, query, 1, EPS))
+        else:
+            hidden_states, partial_sum = phase_two_add(*blocks, partial_sum, output, query, 1, EPS)
+            results.append(hidden_states)
+    return results
+
+
+# Other packages are imported where they are called, so that one that cannot be does not stop the run.
+
+
+def fla_naive_read(values: list[torch.Tensor], query: torch.Tensor) -> torch.Tensor:
+    from fla.ops.attnres.naive import naive_attnres
+
+    return naive_attnres(query, values, torch.ones_like(query), rms_eps=EPS)
+
+
+def fla_read(values: list[torch.Tensor], query: torch.Tensor) -> torch.Tensor:
+    from fla.ops.attnres import fused_attnres
+
+    return fused_attnres(query, values, torch.ones_like(query), rms_eps=EPS)
+
+
+def liger_read(values: list[torch.Tensor], query: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.ops import LigerAttnResFunction
+
+    return LigerAttnResFunction.apply(torch.stack(values), query, torch.ones_like(query), EPS)
+
+
+def flash_attn_res_reads(sources: Any, outputs: list[torch.Tensor], queries: torch.Tensor) -> Any:
+    from flash_attn_res import phase_1_batched_attention_triton_op, phase_2_online_softmax_merge_triton_op
+
+    normalised, log_sum_exps = phase_1_batched_attention_triton_op(sources[0], queries, EPS)
+    results, partial_sum = [normalised[0]], None
+    for index, output in enumerate(outputs, start=1):
+        partial_sum = output if partial_sum is None else partial_sum + output
+        merged = phase_2_online_softmax_merge_triton_op(
+            partial_sum, queries[index], normalised[index], log_sum_exps[index], EPS
+        )
+        results.append(merged)
+    return results
+
+
+def candidates(hidden: int, dtype: torch.dtype, device: str) -> dict[str, Candidate]:
     torch._dynamo.reset()
-    found: dict[str, Reads] = {
-        "two_phase": ours("two_phase"),
-        "two_phase, compiled": torch.compile(ours("two_phase")),
-        "eager": ours("eager"),
-        "Kimi K3 form": read_by_read(stacked_read),
-        "Kimi K3 form, compiled": torch.compile(read_by_read(stacked_read)),
-    }
+    found = {}
+    if device == "cuda":
+        found["triton"] = Candidate(ours("triton"))
+        found["triton, with the addition"] = Candidate(fused_reads)
+    found["two_phase"] = Candidate(ours("two_phase"))
+    found["two_phase, compiled"] = Candidate(torch.compile(ours("two_phase"), dynamic=False))
+    found["eager"] = Candidate(ours("eager"))
+    found["Kimi K3 form"] = Candidate(read_by_read(stacked_read))
+    found["Kimi K3 form, compiled"] = Candidate(torch.compile(read_by_read(stacked_read), dynamic=False))
+
     from transformers.models.inkling2.modeling_inkling2 import Inkling2BlockAttentionResidual
 
     config = type("Config", (), {"hidden_size": hidden})
-    inkling = Inkling2BlockAttentionResidual(config)
+    inkling = Inkling2BlockAttentionResidual(config).to(device)
 
     def inkling_read(values: list[torch.Tensor], query: torch.Tensor) -> torch.Tensor:
         inkling.query = nn.Parameter(query.detach())
         return inkling(torch.stack(values[:-1] or values, dim=-2), values[-1])[0].to(dtype)
 
-    found["Inkling 2 (its own mathematics)"] = read_by_read(inkling_read)
-    try:
-        from fla.ops.attnres.naive import naive_attnres
-    except ImportError:
-        return found
-    ones = torch.ones(hidden, dtype=dtype)
-    found["flash-linear-attention, naive"] = read_by_read(
-        lambda values, query: naive_attnres(query, values, ones, rms_eps=EPS)
-    )
+    found["Inkling 2 (its own mathematics)"] = Candidate(read_by_read(inkling_read), with_backward=False)
+    for module, name, one_read, needs_cuda, with_backward in (
+        ("fla", "flash-linear-attention, naive", fla_naive_read, False, False),
+        ("fla", "flash-linear-attention", fla_read, True, True),
+        ("liger_kernel", "liger-kernel", liger_read, True, True),
+    ):
+        if find_spec(module) and needs_cuda == (device == "cuda"):
+            found[name] = Candidate(read_by_read(one_read), with_backward=with_backward)
+    if find_spec("flash_attn_res") and device == "cuda":
+        found["flash-attn-res"] = Candidate(flash_attn_res_reads, stacked=True)
     return found
 
 
-def copy_bandwidth(num_bytes: int = 2**28) -> float:
-    """Bytes per second, read and written, of copying a tensor much larger than the caches."""
-    source = torch.ones(num_bytes // 4)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(7):
+def stopwatch(device: str) -> Callable[[Callable[[], Any]], float]:
+    """Seconds that a call takes, on the device itself if it is not the CPU."""
+
+    def of_cpu(call: Callable[[], Any]) -> float:
         started = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - started)
+        call()
+        return time.perf_counter() - started
+
+    def of_cuda(call: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return of_cuda if device == "cuda" else of_cpu
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second, read and written, of copying a tensor much larger than the caches."""
+    num_bytes = 2**32 if device == "cuda" else 2**28
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = [stopwatch(device)(lambda: target.copy_(source)) for _ in range(7)]
     return 2 * num_bytes / statistics.median(seconds)
 
 
@@ -110,81 +221,118 @@ def forward_backward(reads: Reads) -> Reads:
     def run(sources: Any, outputs: Any, queries: Any) -> Any:
         leaves = [tensor.detach().requires_grad_() for tensor in (*sources, *outputs, queries)]
         results = reads(tuple(leaves[: len(sources)]), leaves[len(sources) : -1], leaves[-1])
-        weights = torch.linspace(0.5, 1.5, len(results)).tolist()
-        sum((w * r).sum() for w, r in zip(weights, results)).backward()
+        grads = [torch.full_like(result, 0.5 + index / len(results)) for index, result in enumerate(results)]
+        torch.autograd.backward(results, grads)
         return [leaf.grad for leaf in leaves]
 
     return run
 
 
 def error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    return max(((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, expected))
+    """Largest relative error of any tensor; gradients of stacked sources are compared one by one."""
+    actual = [part for tensor in actual for part in (tensor if tensor.dim() == 4 else (tensor,))]
+    return max(((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, expected, strict=True))
+
+
+def measure(
+    found: dict[str, Candidate],
+    sources: tuple[torch.Tensor, ...],
+    outputs: list[torch.Tensor],
+    queries: torch.Tensor,
+    rounds: int,
+) -> tuple[dict[str, float], dict[str, list[float]], dict[str, str]]:
+    """Errors, seconds and failures of each candidate, in both directions if gradients are enabled."""
+    with_backward, device = torch.is_grad_enabled(), queries.device.type
+
+    def arguments(candidate: Candidate, tokens: slice) -> Any:
+        few = tuple(source[:, tokens] for source in sources)
+        return (torch.stack(few),) if candidate.stacked else few, [output[:, tokens] for output in outputs], queries
+
+    def run(candidate: Candidate) -> Reads:
+        return forward_backward(candidate.reads) if with_backward else candidate.reads
+
+    exact = Candidate(read_by_read(stacked_read))
+    few, some, _ = arguments(exact, slice(CHECKED_TOKENS))
+    expected = run(exact)(tuple(t.double() for t in few), [t.double() for t in some], queries.double())
+    errors, calls, failures = {}, {}, {}
+    for name, candidate in found.items():
+        try:
+            errors[name] = error(run(candidate)(*arguments(candidate, slice(CHECKED_TOKENS))), expected)
+            call = partial(run(candidate), *arguments(candidate, slice(None)))
+            call()
+        except Exception as failure:  # of whatever kind another package's kernels raise
+            failures[name] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+        else:
+            calls[name] = call
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(stopwatch(device)(call))
+    return errors, seconds, failures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--sources", type=int, default=8)
+    parser.add_argument("--device", choices=list(DEFAULTS), default="cpu")
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--hidden", type=int, nargs="+")
+    parser.add_argument("--sources", type=int)
     parser.add_argument("--reads", type=int, default=8)
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtype", nargs="+")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    tokens, hidden, reads = arguments.tokens, arguments.hidden, arguments.reads
-    bandwidth = copy_bandwidth()
+    for name, default in DEFAULTS[arguments.device].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+    device, tokens, reads = arguments.device, arguments.tokens, arguments.reads
+    bandwidth = copy_bandwidth(device)
     console, rows = Console(), []
-    for dtype_name in arguments.dtype:
+    for dtype_name, hidden in ((dtype, hidden) for dtype in arguments.dtype for hidden in arguments.hidden):
         dtype = getattr(torch, dtype_name)
-        generator = torch.Generator().manual_seed(0)
-        sources = tuple(torch.randn(1, tokens, hidden, generator=generator).to(dtype) for _ in range(arguments.sources))
-        outputs = [torch.randn(1, tokens, hidden, generator=generator).to(dtype) for _ in range(reads - 1)]
-        queries = torch.randn(reads, hidden, generator=generator) * hidden**-0.5
-        exact = ([s.double() for s in sources], [o.double() for o in outputs], queries.double())
+        generator = torch.Generator(device).manual_seed(0)
+        made = torch.randn(arguments.sources + reads - 1, 1, tokens, hidden, generator=generator, device=device)
+        sources, outputs = made.to(dtype).split((arguments.sources, reads - 1))
+        queries = torch.randn(reads, hidden, generator=generator, device=device) * hidden**-0.5
+        moved = (arguments.sources / reads + 5) * reads * tokens * hidden * dtype.itemsize
+        del made
         for direction in ("forward", "forward and backward"):
-            found = candidates(hidden, dtype)
+            found = candidates(hidden, dtype, device)
             if direction != "forward":
-                found = {n: forward_backward(f) for n, f in found.items() if not n.startswith(("Inkling", "flash"))}
-            reference = read_by_read(stacked_read)
-            if direction != "forward":
-                reference = forward_backward(reference)
-            expected = reference(tuple(exact[0]), exact[1], exact[2])
-            seconds: dict[str, list[float]] = {name: [] for name in found}
-            errors = {}
+                found = {name: candidate for name, candidate in found.items() if candidate.with_backward}
             with torch.set_grad_enabled(direction != "forward"):
-                for name, function in found.items():
-                    errors[name] = error(function(sources, outputs, queries), expected)
-                    function(sources, outputs, queries)
-                for _ in range(arguments.rounds):
-                    for name, function in found.items():
-                        started = time.perf_counter()
-                        function(sources, outputs, queries)
-                        seconds[name].append(time.perf_counter() - started)
-            moved = (arguments.sources / reads + 5) * reads * tokens * hidden * dtype.itemsize
-            for name, values in seconds.items():
-                pairs = [value / base for value, base in zip(values, seconds["two_phase"])]
+                errors, seconds, failures = measure(
+                    found, sources.unbind(0), list(outputs.unbind(0)), queries, arguments.rounds
+                )
+            first = next(iter(seconds.values()), [])
+            for name in found:
+                row = {"dtype": dtype_name, "hidden": hidden, "direction": direction, "candidate": name}
+                if name in failures:
+                    rows.append({**row, "failure": failures[name]})
+                    continue
+                median = statistics.median(seconds[name])
                 rows.append(
                     {
-                        "dtype": dtype_name,
-                        "direction": direction,
-                        "candidate": name,
-                        "milliseconds": round(statistics.median(values) * 1e3, 2),
-                        "over_two_phase": round(statistics.median(pairs), 2),
+                        **row,
+                        "milliseconds": round(median * 1e3, 3),
+                        "over_first": round(statistics.median(t / base for t, base in zip(seconds[name], first)), 2),
                         "relative_error": float(f"{errors[name]:.1e}"),
-                        "share_of_copy_bandwidth": round(moved / statistics.median(values) / bandwidth, 3)
+                        "share_of_copy_bandwidth": round(moved / median / bandwidth, 3)
                         if direction == "forward"
                         else None,
                     }
                 )
     table = Table(
-        "dtype", "direction", "candidate", "ms", "times two_phase", "error to float64", "share of copy bandwidth"
+        "dtype", "d", "direction", "candidate", "ms", "times first", "error to float64", "share of copy bandwidth"
     )
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
     console.print(table)
-    console.print(f"copying memory: {bandwidth / 1e9:.1f} GB/s; {torch.get_num_threads()} threads")
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    console.print(f"{name}: copying memory: {bandwidth / 1e9:.1f} GB/s; {torch.get_num_threads()} threads")
     if arguments.output:
-        report = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        versions = {package: version(package) for module, package in PACKAGES.items() if find_spec(module)}
+        report = {"machine": name, "threads": torch.get_num_threads(), "versions": versions}
         report |= {"copy_bytes_per_second": round(bandwidth), "rows": rows}
         report |= {name: getattr(arguments, name) for name in ("tokens", "hidden", "sources", "reads")}
         arguments.output.write_text(json.dumps(report, indent=2) + "\n")

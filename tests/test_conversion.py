@@ -153,6 +153,7 @@ def test_companions_come_along_and_nothing_else(tmp_path: Path) -> None:
         "config.json",
         "configuration_attnres.py",
         "depth_attention.py",
+        "depth_attention_triton.py",
         "generation_config.json",
         "model-00001-of-00001.safetensors",
         "model-attnres.safetensors",

@@ -19,7 +19,6 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from attnres import AttnResConfig, AttnResConfigError, AttnResError, AttnResForCausalLM, convert
-from attnres.backbones import SUPPORTED
 from attnres.conversion import ConversionError, formats
 
 BLOCK = 16

@@ -9,7 +9,7 @@ from tiny import FAMILIES, random_tokens, retrofit, tiny_model
 from attnres import AttnResConfig, DepthAttention, depth_attention
 from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, DepthSettings, DepthState, depth_weights, read
 
-IMPLEMENTATIONS = sorted(DEPTH_ATTENTION_FUNCTIONS)
+IMPLEMENTATIONS = sorted({*DEPTH_ATTENTION_FUNCTIONS} - {"auto", "triton"})  # test_depth_attention_triton.py has these
 HIDDEN = 24
 
 
@@ -106,6 +106,20 @@ def test_state_survives_flattening() -> None:
         assert state.inverse_rms is None
         assert (state.partial_sum is None) == (num_written % block_size == 0)
         assert all(a is b for a, b in zip(state.flatten(), values, strict=True))
+
+
+def test_states_of_all_implementations_survive_flattening() -> None:
+    """With and without 1 / rms, with and without phase one, a partial sum, or both."""
+    sources, tensor = make_sources(3), torch.zeros(2, 5)
+    for partial_sum, num_written in ((None, 8), (tensor, 9)):
+        for inverse_rms in (None, tensor + 1):
+            for phase_one in ((), (tensor + 2, tensor + 3), tuple(tensor + i for i in range(4, 12))):
+                state = DepthState(sources, partial_sum, inverse_rms, phase_one)
+                back = DepthState.unflatten(state.flatten(), num_written, block_size=4)
+                for name in DepthState._fields:
+                    assert getattr(back, name) is getattr(state, name) or name in ("sources", "phase_one"), name
+                assert list(map(id, back.sources)) == list(map(id, sources))
+                assert list(map(id, back.phase_one)) == list(map(id, phase_one))
 
 
 def test_writing_leaves_the_old_state_alone() -> None:

@@ -303,7 +303,8 @@ def test_saved_code_and_auto_map(tmp_path: Path) -> None:
         assert set(reloaded.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
         assert (tmp_path / type(saved).__name__ / "configuration_attnres.py").is_file()
     code = {path.name for path in (tmp_path / "AttnResForCausalLM").glob("*.py")}
-    assert code == {"backbones.py", "configuration_attnres.py", "modeling_attnres.py", "depth_attention.py"}
+    modules = ("backbones", "configuration_attnres", "modeling_attnres", "depth_attention", "depth_attention_triton")
+    assert code == {f"{module}.py" for module in modules}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
