@@ -239,6 +239,13 @@ def _new_decoder_layer(layer_class: type[nn.Module]) -> AttnResDecoderLayer:
     return object.__new__(_decoder_layer_class(layer_class))  # type: ignore[arg-type]
 
 
+def decoder_layers(backbone: PreTrainedModel) -> Any:
+    """The `ModuleList` of a backbone's decoder layers, with a head on the backbone or without."""
+    decoder = backbone.base_model
+    decoder = getattr(decoder, "model", decoder)  # Llama 4's head calls its base model by another name
+    return decoder.get_submodule(supported_backbone(backbone.config.model_type).layers)
+
+
 def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
     """Turns the decoder layers of `backbone` into [`AttnResDecoderLayer`]s, in place; no parameter is touched.
 
@@ -246,8 +253,7 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
         UnsupportedBackboneError: the family is not supported.
     """
     structure = supported_backbone(config.backbone_config.model_type)
-    decoder = backbone.base_model
-    layers: Any = getattr(decoder, "model", decoder).get_submodule(structure.layers)  # Llama 4 names its base otherwise
+    layers = decoder_layers(backbone)
     sublayers = config.num_sublayers // len(layers)
     renamed: dict[str, str] = {}
     for index, layer in enumerate(layers):

@@ -26,7 +26,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
 from ..backbones import SUPPORTED
-from ..modeling_attnres import AttnResPreTrainedModel
+from ..modeling_attnres import AttnResPreTrainedModel, decoder_layers
 from .errors import ConversionError
 
 BACKBONE = AttnResPreTrainedModel.base_model_prefix + "."
@@ -290,7 +290,7 @@ def _groups(groups: Any, model: PreTrainedModel) -> dict[str, Any] | None:
 
 def _block_name(name: Any, model: PreTrainedModel) -> str:
     if name is None:  # guessed from the start of names, where the backbone's are not found
-        layers = model.base_model.layers
+        layers = decoder_layers(model)
         name = next(name for name, module in model.named_modules() if module is layers)
     return BACKBONE + _strings([name])[0]
 
