@@ -638,7 +638,7 @@ ARCHITECTURES: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "llama", "quantization": {}, "quantization_config": 3}, "an object was expected"),
     ({"model_type": "llama", "quantization": {"bits": 4, "group_size": 64}}, "quantised by MLX"),
     ({"model_type": "attnres"}, "AttnRes checkpoint already"),
-    ({"model_type": "gpt2"}, "'gpt2' is not supported"),
+    ({"model_type": "opt"}, "'opt' is not supported"),
     ({"dim": 4096, "n_layers": 32}, "model_type=None.*not the config of a Transformers model"),
 ]
 
