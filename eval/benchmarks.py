@@ -20,7 +20,7 @@ class Benchmark:
         name: what people call it.
         task: task or group of lm-evaluation-harness, or of `attnres.eval.tasks`.
         metric, filter: which of the task's scores counts; `None` stands for all of them.
-        folders: where the harness defines it, so that not all of its 14,000 files are read; empty: anywhere.
+        folders: where the harness defines it, so that not all of its 14,000 files are read; `None`: anywhere.
         num_fewshot: examples in the prompt; `None` leaves it to the task.
         paper: scores of the paper's baseline and AttnRes models, in percent.
         is_core: belongs to `core`, and has an offline miniature in `sample`.
@@ -31,7 +31,7 @@ class Benchmark:
     task: str
     metric: str | None = None
     filter: str | None = None
-    folders: tuple[str, ...] = ()
+    folders: tuple[str, ...] | None = None
     num_fewshot: int | None = None
     paper: tuple[float, float] | None = None
     is_core: bool = False

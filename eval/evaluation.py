@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import lm_eval.models  # fills the registry of model classes
 import psutil
 import torch
 from lm_eval.api.registry import get_model
@@ -26,7 +27,7 @@ from .access import check
 from .benchmarks import EvaluationError, select
 from .comparison import compare
 from .report import Missing, Report
-from .tasks import SEED
+from .tasks import SEED, task_manager
 
 PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "accelerate", "math_verify", "sympy")
 RUN_FILE = "run.json"
@@ -113,7 +114,7 @@ def evaluate(
     directory = Path(output) if output is not None else Path(f"{Path(model).name}-eval")
     is_first = int(os.environ.get("RANK", "0")) == 0
     if is_first:
-        _open(directory, settings, resume)
+        _check_directory(directory, settings, resume)
 
     found = check(benchmarks, unsafe_code)
     missing = [Missing(a.benchmark.task, a.problem, a.remedy) for a in found if a.tasks is None]
@@ -121,6 +122,8 @@ def evaluate(
     if not ready:
         raise EvaluationError("none of the tasks can be run:\n" + "\n".join(access.line for access in found))
 
+    if is_first:
+        _open(directory, settings)
     specs = [item for _, tasks in ready for item in _top_level(tasks)]
     results: dict[str, Any] = {}
     for role, name in (("baseline", baseline), ("model", model)):
@@ -170,24 +173,31 @@ def _check_arguments(settings: Mapping[str, Any]) -> None:
                 raise EvaluationError(f"{role} {settings[role]} cannot be loaded: {reason}") from error
 
 
-def _open(directory: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Notes what is run in `directory`; an earlier run there is continued if it asked the same, and never replaced."""
+def _asked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run the one it is, as it is noted in its directory."""
+    asked = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
+    return json.loads(json.dumps(asked | {"attnres": __version__, "lm_eval": version("lm_eval")}))
+
+
+def _check_directory(directory: Path, settings: Mapping[str, Any], resume: bool) -> None:
+    """An earlier run is continued if it asked the same, and never replaced."""
     note = directory / RUN_FILE
-    asked = json.loads(json.dumps({name: value for name, value in settings.items() if name not in FREE_SETTINGS}))
-    asked["versions"] = {"attnres": __version__, "lm_eval": version("lm_eval")}
-    if note.is_file():
-        if not resume:
-            raise EvaluationError(f"{directory} holds an evaluation; continue it (--resume), or choose another --output.")
-        before = json.loads(note.read_text(encoding="utf-8"))
-        changed = [f"{name}: {before.get(name)} then, {asked[name]} now" for name in asked if before.get(name) != asked[name]]
-        if changed:
-            raise EvaluationError(f"{directory} holds another evaluation, of {'; '.join(changed)}; choose another --output.")
+    if not note.is_file():
+        if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+            raise EvaluationError(f"{directory} exists and holds no evaluation; choose another --output.")
         return
-    if directory.exists() and any(directory.iterdir()):
-        raise EvaluationError(f"{directory} is not empty and holds no evaluation; choose another --output.")
+    if not resume:
+        raise EvaluationError(f"{directory} holds an evaluation; continue it (--resume), or choose another --output.")
+    before, now = json.loads(note.read_text(encoding="utf-8")), _asked(settings)
+    changed = [f"{name} {before.get(name)} then and {now[name]} now" for name in now if before.get(name) != now[name]]
+    if changed:
+        raise EvaluationError(f"{directory} holds another evaluation: {'; '.join(changed)}. Choose another --output.")
+
+
+def _open(directory: Path, settings: Mapping[str, Any]) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+        (directory / RUN_FILE).write_text(json.dumps(_asked(settings), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise EvaluationError(f"{directory} cannot be written: {error}; choose another --output.") from error
 
@@ -219,6 +229,7 @@ def _run(name: str, specs: list[Any], settings: Mapping[str, Any], directory: Pa
             evaluation_tracker=tracker,
             apply_chat_template=settings["apply_chat_template"],
             gen_kwargs=dict(settings["gen_kwargs"]) or None,
+            task_manager=task_manager(()),  # the tasks are loaded; without this the harness indexes all it has
             confirm_run_unsafe_code=True,  # `load` has seen to the sandbox
             random_seed=SEED,
             numpy_random_seed=SEED,

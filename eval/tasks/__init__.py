@@ -8,13 +8,12 @@ sandbox.
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +45,10 @@ def quiet() -> None:
 
 
 @cache
-def task_manager(folders: tuple[str, ...]) -> TaskManager:
+def task_manager(folders: tuple[str, ...] | None) -> TaskManager:
     """The harness's index of the tasks in `folders`, or of all (which takes ten seconds), with ours."""
-    return TaskManager(include_path=[*(HARNESS / folder for folder in folders), HERE], include_defaults=not folders)
+    paths = [HARNESS / folder for folder in folders or ()]
+    return TaskManager(include_path=[*paths, HERE], include_defaults=folders is None)
 
 
 def load(benchmark: Benchmark, unsafe_code: bool = False) -> TaskDict:
@@ -99,29 +99,17 @@ def _load_sample(benchmark: Benchmark, manager: TaskManager) -> TaskDict:
 
 
 def _sample_task(entry: Entry) -> dict[str, Any]:
+    files = (HERE / "sample").glob(f"{entry.name}.*.jsonl")
     config = load_yaml(entry.yaml_path) | {
         "task": f"sample_{entry.name}",
-        "dataset_path": None,
+        "dataset_path": "json",
         "dataset_name": None,
-        "custom_dataset": partial(_read_sample, entry.name),
+        "dataset_kwargs": {"data_files": {path.name.split(".")[1]: str(path) for path in files}},
     }
     config.pop("tag", None)
     if config["output_type"] == "generate_until":
         config["generation_kwargs"] = {**config["generation_kwargs"], "max_gen_toks": SAMPLE_MAX_NEW_TOKENS}
     return config
-
-
-def _read_sample(name: str, **_: Any) -> datasets.DatasetDict:
-    """The questions of our own in `sample/NAME.SPLIT.jsonl`; the harness passes the task's metadata along."""
-    files = sorted((HERE / "sample").glob(f"{name}.*.jsonl"))
-    return datasets.DatasetDict(
-        {
-            path.name.split(".")[1]: datasets.Dataset.from_list(
-                [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            )
-            for path in files
-        }
-    )
 
 
 class SandboxedCodeEval:
