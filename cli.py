@@ -171,14 +171,16 @@ def evaluate(
     console.print(report.terminal_table())
     for missing in report.missing:
         console.print(f"Not run: {missing.line}", style="yellow", markup=False, soft_wrap=True)
-    console.print(f"Written: {output / 'report.html'}, and report.md, report.json beside it.", markup=False, soft_wrap=True)
+    console.print(
+        f"Written: {output / 'report.html'}, and report.md, report.json beside it.", markup=False, soft_wrap=True
+    )
 
 
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory to write to; made anew.")] = Path("demo-output"),
 ) -> None:
-    """Convert a small trained checkpoint, verify it, and generate from both: offline, in about a minute."""
+    """Convert a small trained checkpoint, verify it, generate from both and evaluate them: offline, in two minutes."""
     from .examples.demo import run
 
     run(output, console)

@@ -1,4 +1,4 @@
-"""`python -m attnres.eval MODEL ...`, and so `accelerate launch -m attnres.eval MODEL ...`: the same as `attnres eval`."""
+"""`python -m attnres.eval ...`, and so `accelerate launch -m attnres.eval ...`: the same as `attnres eval ...`."""
 
 from __future__ import annotations
 

@@ -47,14 +47,25 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("MMLU", "mmlu", "acc", "none", ("mmlu/default",), 5, (73.5, 74.6), is_core=True),
     Benchmark("MMLU-Pro", "mmlu_pro", "exact_match", "custom-extract", ("mmlu_pro",), 5, (52.2, 52.2)),
-    Benchmark("GPQA-Diamond", "gpqa_diamond_zeroshot", "acc", "none", ("gpqa/zeroshot",), 0, (36.9, 44.4), is_core=True),
+    Benchmark(
+        "GPQA-Diamond", "gpqa_diamond_zeroshot", "acc", "none", ("gpqa/zeroshot",), 0, (36.9, 44.4), is_core=True
+    ),
     Benchmark("BBH", "bbh_cot_fewshot", "exact_match", "get-answer", ("bbh/cot_fewshot",), 3, (76.3, 78.0)),
     Benchmark("ARC-Challenge", "arc_challenge", "acc_norm", "none", ("arc",), 25, (64.6, 65.7)),
     Benchmark("HellaSwag", "hellaswag", "acc_norm", "none", ("hellaswag",), 10, (83.2, 83.4)),
     Benchmark("TriviaQA", "triviaqa", "exact_match", "remove_whitespace", ("triviaqa",), 5, (69.9, 71.8)),
     Benchmark("GSM8K", "gsm8k", "exact_match", "flexible-extract", ("gsm8k",), 5, (81.7, 82.4)),
     Benchmark("MGSM", "mgsm_native_cot", "exact_match", "flexible-extract", ("mgsm/native_cot",), 8, (64.9, 66.1)),
-    Benchmark("Math (Minerva)", "minerva_math", "math_verify", "none", ("minerva_math", "benchmarks"), 4, (53.5, 57.1), is_core=True),
+    Benchmark(
+        "Math (Minerva)",
+        "minerva_math",
+        "math_verify",
+        "none",
+        ("minerva_math", "benchmarks"),
+        4,
+        (53.5, 57.1),
+        is_core=True,
+    ),
     Benchmark("MATH-500", "minerva_math500", "math_verify", "none", ("minerva_math",), 4, is_core=True),
     Benchmark("CMath", "cmath", "exact_match", "none", (), 4, (84.7, 85.1)),
     Benchmark("HumanEval", "humaneval", "pass@1", "create_test", ("humaneval",), 0, (59.1, 62.2), is_core=True),

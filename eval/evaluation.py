@@ -161,7 +161,9 @@ def _check_arguments(settings: Mapping[str, Any]) -> None:
     try:
         get_model(settings["backend"])
     except (KeyError, ValueError) as error:
-        raise EvaluationError(f"the harness has no model class {settings['backend']!r}; list: lm-eval run -h") from error
+        raise EvaluationError(
+            f"the harness has no model class {settings['backend']!r}; list: lm-eval run -h"
+        ) from error
     if settings["backend"] != "hf":
         return
     for role in ("model", "baseline"):
@@ -240,7 +242,9 @@ def _run(name: str, specs: list[Any], settings: Mapping[str, Any], directory: Pa
         if "max tokens to generate" not in str(error):
             raise
         remedy = "bound it (--gen-kwargs max_gen_toks=N)"
-        raise EvaluationError(f"{name}: a task generates more than the model's context holds; {remedy}. {error}") from error
+        raise EvaluationError(
+            f"{name}: a task generates more than the model's context holds; {remedy}. {error}"
+        ) from error
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -13,6 +13,7 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,6 +21,7 @@ from .comparison import Row
 
 # Metrics that are a share of the questions, shown in percent. Others are shown as they are.
 SHARES = ("acc", "acc_bytes", "acc_norm", "em", "exact_match", "f1", "math_verify", "pass@1", "pass_at_1")
+WIDE = ("Metric", "Shots", "Paper: baseline", "Paper: AttnRes")  # columns for which a terminal has no room
 CONFIDENCE = 1.96  # standard errors to either side that hold 95 %
 BLUE, GREY = "#2057a8", "#8a8f98"
 NOTES = (
@@ -90,13 +92,19 @@ class Report:
     def terminal_table(self) -> Table:
         """The table for a terminal, where there is no room for all of it."""
         header, *lines = self.table()
-        columns = [number for number, name in enumerate(header) if name not in ("Metric", "Shots", "Paper: baseline")]
-        table = Table(title=" against ".join(escape(Path(name).name) for name in (self.model, self.baseline) if name))
-        for number in columns:
-            table.add_column(header[number], justify="right" if number else "left", no_wrap=number > 0)
+        shown = [number for number, name in enumerate(header) if name not in WIDE]
+        limited = "⚠ LIMITED: these are no scores of the benchmarks." if any(row.limited for row in self.rows) else None
+        table = Table(
+            title=" against ".join(escape(Path(name).name) for name in (self.model, self.baseline) if name),
+            caption=limited,
+            box=box.SIMPLE_HEAD,
+        )
+        for number in shown:
+            name = header[number].replace(": ", ":\n")
+            table.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
         for row, line in zip(self.rows, lines, strict=True):
-            cells = [escape(line[number]) for number in columns]
-            table.add_row(escape(_label(row)), *cells[1:], style="yellow" if row.limited else None)
+            cells = [escape(("⚠ " if row.limited else "") + row.name), *(escape(line[number]) for number in shown[1:])]
+            table.add_row(*cells, style="yellow" if row.limited else None)
         return table
 
     def figure(self) -> str:
@@ -195,9 +203,14 @@ def _render(template: str, report: Report, figure: str | None, markup: Callable[
         lines=list(zip(report.rows, lines, strict=True)),
         figure=figure and markup(figure[figure.index("<svg") :]),
         notes=[NOTES, *([LIMITED] if any(row.limited for row in report.rows) else [])],
-        facts=[(title, _facts(facts)) for title, facts in (
-            ("Settings", report.settings), ("Versions", report.versions), ("Hardware", report.hardware)
-        )],
+        facts=[
+            (title, _facts(facts))
+            for title, facts in (
+                ("Settings", report.settings),
+                ("Versions", report.versions),
+                ("Hardware", report.hardware),
+            )
+        ],
     )
 
 

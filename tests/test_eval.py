@@ -178,9 +178,7 @@ def test_sample_is_the_task_with_other_data(benchmark: Benchmark) -> None:
             given = original.get(field)
             if not (isinstance(given, str) and re.fullmatch(r".*/utils\.\w+", given)):  # a function
                 assert task.get_config(field) == (given or ("" if field == "description" else None)), field
-        assert list(task._metric_fn_list) == [
-            item["metric"].rsplit(".", 1)[-1] for item in original["metric_list"]
-        ]
+        assert list(task._metric_fn_list) == [item["metric"].rsplit(".", 1)[-1] for item in original["metric_list"]]
         assert [f.name for f in task._filters] == [f["name"] for f in original.get("filter_list", [{"name": "none"}])]
         assert task.get_config("num_fewshot") == benchmark.num_fewshot
         if task.OUTPUT_TYPE == "generate_until":
@@ -296,9 +294,17 @@ def test_report(run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Oracle, "__init__", by_name)
     tasks = "sample_mmlu,sample_humaneval,mmlu_pro"
-    code, printed = run("m", "--baseline", "base", "--model", "oracle", "--tasks", tasks, "--limit", "2", "--output", "o")
+    code, printed = run(
+        "m", "--baseline", "base", "--model", "oracle", "--tasks", tasks, "--limit", "2", "--output", "o"
+    )
     assert code == 0, printed
-    for text in ("MMLU (LIMITED)", "+100.0 ± 0.0", "Not run: mmlu_pro", "HF_HUB_OFFLINE=0 attnres eval --check"):
+    for text in (
+        "⚠ MMLU",
+        "LIMITED: these are no scores",
+        "+100.0 ± 0.0",
+        "Not run: mmlu_pro",
+        "HF_HUB_OFFLINE=0 attnres eval --check",
+    ):
         assert text in printed
     found = report("o")
     assert list(found) == [
@@ -343,7 +349,7 @@ def test_exact_paired_test(gained: int, lost: int, same: int) -> None:
 
 def test_paired_test_of_other_scores() -> None:
     baseline, attnres = [0.1 * i for i in range(400)], [0.1 * i + 0.3 * math.sin(i) + 0.02 for i in range(400)]
-    stderr, p_value = paired(baseline, attnres)
+    _, p_value = paired(baseline, attnres)
     assert p_value == pytest.approx(scipy.stats.ttest_rel(attnres, baseline).pvalue, rel=0.02)
     assert paired([0.5, 0.2], [0.7, 0.4])[1] == pytest.approx(0)
     assert paired([0.5, 0.2], [0.5, 0.2]) == (0, 1)
@@ -387,7 +393,12 @@ def test_another_run_is_not_resumed(run: Callable[..., tuple[int, str]]) -> None
 @pytest.mark.parametrize(
     ("error", "token", "offline", "expected"),
     [
-        (ConnectionError("Couldn't reach 'x' on the Hub (OfflineModeIsEnabled)"), None, True, ["HF_HUB_OFFLINE=0 attn"]),
+        (
+            ConnectionError("Couldn't reach 'x' on the Hub (OfflineModeIsEnabled)"),
+            None,
+            True,
+            ["HF_HUB_OFFLINE=0 attn"],
+        ),
         (ConnectionError("Couldn't reach 'x' on the Hub (ConnectError)"), None, False, ["no network", "copy "]),
         (DatasetNotFoundError("'x' is a gated dataset"), None, False, ["gated", "hf auth login", "no token yet"]),
         (DatasetNotFoundError("'x' is a gated dataset"), "hf_x", False, ["accept its terms", "Idavidrein/gpqa"]),
@@ -460,7 +471,10 @@ def test_data_sets_are_found() -> None:
         (["m", "--model", "oracle", "--num-fewshot", "-1"], "num_fewshot=-1"),
         (["m", "--model", "oracle", "--batch-size", "many"], "batch_size='many'"),
         (["m", "--model", "oracle", "--tasks", "mmlu"], "none of the tasks can be run: mmlu: data set cais/mmlu"),
-        (["m", "--model", "oracle", "--tasks", "sample_mmlu", "--output", "full"], "full exists and holds no evaluation"),
+        (
+            ["m", "--model", "oracle", "--tasks", "sample_mmlu", "--output", "full"],
+            "full exists and holds no evaluation",
+        ),
         (["m", "--model", "oracle", "--tasks", "sample_mmlu", "--output", "full/file/x"], "cannot be written"),
     ],
 )
