@@ -180,7 +180,7 @@ def evaluate(
 def demo(
     output: Annotated[Path, typer.Option(help="Directory to write to; made anew.")] = Path("demo-output"),
 ) -> None:
-    """Convert a small trained checkpoint, verify it, generate from both and evaluate them: offline, in two minutes."""
+    """Convert a small trained checkpoint, verify it, generate from both and evaluate both: offline, in a minute."""
     from .examples.demo import run
 
     run(output, console)

@@ -21,7 +21,6 @@ from ..conversion.converter import report_table
 
 CHECKPOINT = Path(__file__).resolve().parent / "tiny-qwen3"
 MARK = ".attnres-demo"
-DEMO_QUESTIONS = 1  # of each task
 PROMPTS = (
     "class TestParser(unittest.TestCase):\n    def",
     "    def test_close(self):\n        with self.assertRaises(",
@@ -80,11 +79,11 @@ def run(output: Path, console: Console, max_new_tokens: int = 48) -> Path:
 
     console.rule("3. Evaluate both")
     console.print(
-        "A few questions of each core benchmark, through its own prompts and metrics, from lm-evaluation-harness."
+        "A dozen questions for each core benchmark, through its own prompts and metrics."
     )
     quiet()
     evaluation = output / "evaluation"
-    report = evaluate(str(converted), str(CHECKPOINT), tasks="sample", limit=DEMO_QUESTIONS, output=evaluation)
+    report = evaluate(str(converted), str(CHECKPOINT), tasks="sample", output=evaluation)
     assert report is not None
     console.print(report.terminal_table())
     for missing in report.missing:
