@@ -11,8 +11,7 @@ from lm_eval.tasks.manager import TaskDict
 
 from .benchmarks import Benchmark
 
-# Scores that are not a share of the questions are reported as they are, and never as percentages.
-Results = dict[str, Any]
+Results = dict[str, Any]  # what `lm_eval.simple_evaluate` returns
 
 
 @dataclass(frozen=True)

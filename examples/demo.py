@@ -78,9 +78,7 @@ def run(output: Path, console: Console, max_new_tokens: int = 48) -> Path:
     console.print(f"{same} of {len(PROMPTS)} continuations are the same, token for token.")
 
     console.rule("3. Evaluate both")
-    console.print(
-        "A dozen questions for each core benchmark, through its own prompts and metrics."
-    )
+    console.print("A dozen questions for each core benchmark, through its own prompts and metrics.")
     quiet()
     evaluation = output / "evaluation"
     report = evaluate(str(converted), str(CHECKPOINT), tasks="sample", output=evaluation)

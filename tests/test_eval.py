@@ -171,7 +171,9 @@ def test_folders_are_a_shortcut_only() -> None:
 def test_sample_is_the_task_with_other_data(benchmark: Benchmark) -> None:
     index = task_manager(benchmark.folders).task_index
     tasks = load(benchmark)["tasks"]
-    assert sum(len(task.eval_docs) for task in tasks.values()) == (14 if benchmark.task == "sample_minerva_math" else 12)
+    assert sum(len(task.eval_docs) for task in tasks.values()) == (
+        14 if benchmark.task == "sample_minerva_math" else 12
+    )
     for name, task in tasks.items():
         original = load_yaml(index[name.removeprefix("sample_")].yaml_path, resolve_func=False)
         for field in ("doc_to_text", "doc_to_target", "doc_to_choice", "description", "output_type", "test_split"):

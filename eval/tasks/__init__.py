@@ -73,8 +73,9 @@ def load(benchmark: Benchmark, unsafe_code: bool = False) -> TaskDict:
     with code_eval_in_sandbox(unsafe_code):
         loaded = _load_sample(benchmark, manager) if benchmark.is_sample else manager.load([benchmark.task])
     for name, task in loaded["tasks"].items():
-        folder = manager.task_index[name.removeprefix("sample_")].yaml_path.parent.name
-        if getattr(task, "UNSAFE_CODE", False) and folder not in CODE_EVAL_FOLDERS and not unsafe_code:
+        entry = manager.task_index.get(name.removeprefix("sample_"))
+        is_sandboxed = entry and entry.yaml_path and entry.yaml_path.parent.name in CODE_EVAL_FOLDERS
+        if getattr(task, "UNSAFE_CODE", False) and not (is_sandboxed or unsafe_code):
             raise EvaluationError(f"task {name} runs code outside the sandbox; allow it with --unsafe-code.")
         if benchmark.num_fewshot is not None:
             task.set_config("num_fewshot", benchmark.num_fewshot)
