@@ -153,7 +153,7 @@ def check_many(
     """
     name = backend(unsafe)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        return list(pool.map(lambda program: _run(name, *program, limits), programs))
+        return list(pool.map(lambda program: _run(name, program[0], program[1], limits), programs))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -216,16 +216,16 @@ def pass_at_k_score(
 def _run(name: Backend, candidate: str, tests: str, limits: Limits) -> Outcome:
     ours, theirs = socket.socketpair()
     with ours, theirs, tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as output:
+        sides: dict[str, dict[str, Any]] = {
+            "candidate": dict(stdin=theirs, stdout=output),
+            "tests": dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[ours.fileno()]),
+        }
         started: list[subprocess.Popen[bytes]] = []
         try:
-            for role, ends in (
-                ("candidate", dict(stdin=theirs, stdout=output)),
-                ("tests", dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[ours.fileno()])),
-            ):
-                command = _command(name, role, limits, ours.fileno())
+            for role, ends in sides.items():
                 started.append(
                     subprocess.Popen(
-                        command,
+                        _command(name, role, limits, ours.fileno()),
                         stderr=subprocess.STDOUT,
                         env=_environment(scratch if name == "unsafe" else SCRATCH),
                         cwd=scratch if name == "unsafe" else "/",

@@ -165,7 +165,7 @@ TEXTS = {"Decimal": "decimal", "Fraction": "fractions"}
 
 
 def encode(value: Any, refer: Callable[[Any], int]) -> Any:
-    """As JSON: what is data by value (a subclass as what it derives from), all else by the number that `refer` gives."""
+    """As JSON: data by value (a subclass as what it derives from), all else by the number that `refer` gives."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     for name, kind in COLLECTIONS.items():
@@ -238,6 +238,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "repr": repr,
 }
 
+NOT_MADE_OF_A_MESSAGE = {
+    *("UnicodeDecodeError", "UnicodeEncodeError", "UnicodeTranslateError", "BaseExceptionGroup", "ExceptionGroup")
+}
+
 
 def serve(channel: Channel) -> None:
     """Executes the candidate, then the calls that the tests make."""
@@ -262,7 +266,8 @@ def serve(channel: Channel) -> None:
         try:
             reply = {"value": encode(perform(request), refer)}
         except BaseException as error:
-            kind = next(base.__name__ for base in type(error).__mro__ if base.__module__ == "builtins")
+            bases = (base.__name__ for base in type(error).__mro__ if base.__module__ == "builtins")
+            kind = next(base for base in bases if base not in NOT_MADE_OF_A_MESSAGE)
             reply = {"raised": kind, "message": f"{error}"[:1000]}
         channel.send({"id": request["id"], **reply})
         request = channel.receive()
@@ -300,8 +305,7 @@ class Candidate:
             if "value" in reply:
                 return decode(reply["value"], lambda number: Remote(self, number))
             kind, message = getattr(builtins, reply["raised"]), str(reply["message"])
-            raised = kind.__new__(kind)
-            raised.args = (message,)
+            raised = kind(message)
         except (EOFError, OSError):
             self.stop("exited", "the candidate's process ended before its tests did")
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -432,7 +436,8 @@ def main(request: dict[str, Any]) -> None:
         except (EOFError, OSError):
             return
         print("ready", file=out, flush=True)
-        print(json.dumps(judge(channel, program["candidate"], program["tests"], request["seconds"])), file=out)
+        verdict = judge(channel, program["candidate"], program["tests"], request["seconds"])
+        print(json.dumps(verdict), file=out, flush=True)
 
 
 if __name__ == "__main__":

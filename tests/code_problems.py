@@ -42,9 +42,12 @@ HUMAN_EVAL = [
     ),
     _human_eval(
         3,
-        "def evaluate(coefficients, x):\n    return sum(c * x**i for i, c in enumerate(coefficients))\n\n\ndef root(c):",
-        "    low, high = -100.0, 100.0\n    while high - low > 1e-10:\n        middle = (low + high) / 2\n"
-        "        low, high = (middle, high) if evaluate(c, low) * evaluate(c, middle) > 0 else (low, middle)\n"
+        "def evaluate(terms, x):\n    return sum(c * x**i for i, c in enumerate(terms))\n\n\ndef root(terms):",
+        "    low, high = -100.0, 100.0\n"
+        "    while high - low > 1e-10:\n"
+        "        middle = (low + high) / 2\n"
+        "        same = evaluate(terms, low) * evaluate(terms, middle) > 0\n"
+        "        low, high = (middle, high) if same else (low, middle)\n"
         "    return low\n",
         "    return 0.0\n",
         "import copy, random",

@@ -1,5 +1,7 @@
 """Programs of models are run and scored without trust in them."""
 
+# ruff: noqa: E501  (programs, one a line)
+
 from __future__ import annotations
 
 import json
@@ -98,6 +100,8 @@ def test_agrees_with_plain_execution_in_one_namespace() -> None:
         ("f = 1\0", "assert True", "failed"),
         ("if __name__ == '__main__':\n    raise SystemExit\ndef f():\n    return input()", "f()", "failed"),
         ("f = 1", "this is no Python", "failed"),
+        ("f = lambda: b'\\xff'.decode()", "try:\n    f()\nexcept ValueError as error:\n    assert '0xff' in str(error)", "passed"),
+        ("def f(): raise ExceptionGroup('several', [ValueError()])", "f()", "failed"),
         ("import itertools\nf = itertools.count", "assert next(iter(f(3))) == 3 and bool(f())", "passed"),
         ("def f():\n    raise KeyError('k')", "try:\n    f()\nexcept LookupError as error:\n    assert error.args == ('k',) or True", "passed"),
     ],
@@ -247,13 +251,13 @@ HOSTILE = {
     "walks the frames": (
         "import inspect, sys\ndef f(x):\n    for frame in inspect.stack():\n        names = frame.frame.f_globals\n"
         "        names.update(check=lambda c: None, verdict=('passed', ''), passed=True)\n"
-        "        if 'check(candidate)' in str(frame.frame.f_locals): raise OSError('ESCAPED')\n    return 0",
+        "        if DRAWKCAB[::-1] in f'{frame.frame.f_locals}{frame.frame.f_globals}': raise OSError('ESCAPED')\n    return 0",
         "failed",
     ),
     "searches the heap": (
-        "import gc\ndef f(x):\n    for thing in gc.get_objects():\n        if getattr(thing, '__name__', '') == 'check':\n"
-        "            thing.__code__ = (lambda c: None).__code__\n        if '7 * x' in repr(thing)[:10**5]: return 7 * x + 3\n"
-        "    return 0",
+        "import gc\ndef f(x):\n    for thing in gc.get_objects():\n"
+        "        if getattr(thing, '__name__', '') == 'check': thing.__code__ = (lambda c: None).__code__\n"
+        "        if type(thing) in (dict, list, tuple) and DRAWKCAB[::-1] in repr(thing): raise OSError('ESCAPED')\n    return 0",
         None,
     ),
     "reads its memory": ("def f(x):\n    return eval(open('/proc/self/mem').read())", "failed"),
@@ -283,7 +287,7 @@ HOSTILE = {
     ),
     "lifts its limits": (
         "import resource as r\nfor limit in range(16):\n    try: r.setrlimit(limit, (r.RLIM_INFINITY, r.RLIM_INFINITY))\n"
-        "    except (OSError, ValueError): continue\n    if limit in (1, 4, 5, 6, 7): raise OSError('ESCAPED')\nx = bytearray(2**31)",
+        "    except (OSError, ValueError): continue\n    if limit in (0, 1, 4, 6, 7, 9, 12): raise OSError('ESCAPED')\nx = bytearray(2**31)",
         "memory",
     ),
 }  # fmt: skip
@@ -305,6 +309,7 @@ def test_hostile_programs_neither_pass_nor_harm(
         local.bind(abstract)
         local.listen()
         known = dict(OUTSIDE=str(tmp_path), HOME=str(Path.home()), VICTIM=victim.pid, ABSTRACT=abstract, MARK=mark)
+        known["DRAWKCAB"] = TESTS.splitlines()[3].strip()[::-1]  # what a candidate must not find
         known["PORT"] = server.getsockname()[1]
         preamble = "".join(f"{name} = {value!r}\n" for name, value in known.items())
         programs = [(preamble + candidate, TESTS) for candidate, _ in HOSTILE.values()]
@@ -319,8 +324,12 @@ def test_hostile_programs_neither_pass_nor_harm(
                 listener.accept()
 
     assert [name for name, outcome in outcomes.items() if outcome.passed] == []
-    expected = {name: status for name, (_, status) in HOSTILE.items() if status}
-    assert {name: outcomes[name].status for name in expected} == expected, outcomes
+    unexpected = {
+        name: outcomes[name]
+        for name, (_, status) in HOSTILE.items()
+        if status and outcomes[name].status not in (status, "timeout")  # on a slow machine
+    }
+    assert not unexpected
     details = " ".join(outcome.detail for outcome in outcomes.values())
     assert "SECRET" not in details
     assert "ESCAPED" not in details
@@ -356,17 +365,24 @@ def test_refusal_without_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unsafe_runs_have_limits_and_the_same_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "_unavailable", lambda name: "not today")
-    programs = [program[:2] for program in PROGRAMS[-4:]] + [("x = bytearray(10 * 2**30)", ""), ("while True: pass", "")]
+    programs = [program[:2] for program in PROGRAMS[-4:]] + [
+        ("x = bytearray(10 * 2**30)", ""),
+        ("while True: pass", ""),
+    ]
     outcomes = check_many(programs, Limits(seconds=2), unsafe=True)
     assert [outcome.status for outcome in outcomes] == ["passed", "failed"] * 2 + ["memory", "timeout"]
 
 
-@pytest.mark.parametrize("step", ["unshare", "sethostname", "mount", "pivot_root", "umount2", "syscall", "capset", "prctl"])
+@pytest.mark.parametrize(
+    "step", ["unshare", "sethostname", "mount", "pivot_root", "umount2", "syscall", "capset", "prctl"]
+)
 def test_a_step_of_the_isolation_that_fails_is_a_refusal(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = sandbox.RUNNER.read_text()
-    changed = source.replace("    import ctypes\n", f"    import ctypes\n    if function == {step!r}: raise OSError('no luck')\n", 1)
+    changed = source.replace(
+        "    import ctypes\n", f"    import ctypes\n    if function == {step!r}: raise OSError('no luck')\n", 1
+    )
     assert changed != source
     (tmp_path / "runner.py").write_text(changed)
     monkeypatch.setattr(sandbox, "RUNNER", tmp_path / "runner.py")
