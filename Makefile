@@ -1,4 +1,4 @@
-# make demo   the main job on a small checkpoint: convert, verify, generate
+# make demo   the main job on a small checkpoint: convert, verify, generate, evaluate
 # make test   the tests
 # make lint   ruff and mypy
 

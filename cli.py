@@ -165,11 +165,94 @@ def push(
     )
 
 
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory of a checkpoint, or a Hub id; none for --check.", show_default=False)
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The model to compare it with, under the same settings.", show_default=False)
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="core, paper, sample, or names of tasks, with commas between.")] = "core",
+    limit: Annotated[
+        int | None, typer.Option(help="Ask only the first so many questions of each task.", show_default=False)
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples in each prompt, instead of each task's own number.", show_default=False)
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Sequences per forward pass; auto: as many as fit.")] = "8",
+    device: Annotated[
+        str | None, typer.Option(help="As PyTorch names it, else the first accelerator or the CPU.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights; auto: the checkpoint's, but float32 on a CPU.")] = "auto",
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put prompts into the tokenizer's chat template.")
+    ] = False,
+    gen_kwargs: Annotated[
+        str | None, typer.Option(help="Of generation, as temperature=0.6,top_p=0.9.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory to write to (NAME-eval if not given).", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --output.")] = False,
+    backend: Annotated[str, typer.Option("--model", help="The harness's model class: hf, vllm, ...")] = "hf",
+    model_args: Annotated[
+        str | None, typer.Option(help="Further arguments of that class, as a=1,b=2.", show_default=False)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint.")
+    ] = False,
+    unsafe_code: Annotated[
+        bool, typer.Option("--unsafe-code", help="Run programs of the model even where there is no sandbox.")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only try whether the tasks can be run here.")] = False,
+) -> None:
+    """Score a model on the paper's benchmarks, beside the model it came from."""
+    from . import eval as evaluation
+
+    if not state["debug"]:
+        evaluation.quiet()
+    if check:
+        found = evaluation.check(evaluation.select(tasks), unsafe_code)
+        for access in found:
+            console.print(access.line, style=None if access.tasks else "yellow", markup=False, soft_wrap=True)
+        raise typer.Exit(0 if all(access.tasks for access in found) else 1)
+    if model is None:
+        raise evaluation.EvaluationError("MODEL is missing: give a directory or a Hub id, or --check.")
+    output = output or Path(f"{Path(model).name}-eval")
+    report = evaluation.evaluate(
+        model,
+        baseline,
+        tasks=tasks,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        apply_chat_template=apply_chat_template,
+        gen_kwargs=gen_kwargs,
+        output=output,
+        resume=resume,
+        backend=backend,
+        model_args=model_args,
+        trust_remote_code=trust_remote_code,
+        unsafe_code=unsafe_code,
+    )
+    if report is None:  # not the first of several processes
+        return
+    console.print(report.terminal_table())
+    for missing in report.missing:
+        console.print(f"Not run: {missing.line}", style="yellow", markup=False, soft_wrap=True)
+    console.print(
+        f"Written: {output / 'report.html'}, and report.md, report.json beside it.", markup=False, soft_wrap=True
+    )
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory to write to; made anew.")] = Path("demo-output"),
 ) -> None:
-    """Convert a small trained checkpoint, verify it, and generate from both: offline, in about a minute."""
+    """Convert a small trained checkpoint, verify it, generate from both and evaluate both: offline, in a minute."""
     from .examples.demo import run
 
     run(output, console)

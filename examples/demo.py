@@ -29,7 +29,7 @@ PROMPTS = (
 
 
 def run(output: Path, console: Console, max_new_tokens: int = 48) -> Path:
-    """Converts `tiny-qwen3`, verifies it, and generates from original and converted side by side.
+    """Converts `tiny-qwen3`, verifies it, generates from original and converted side by side, and evaluates both.
 
     Args:
         output (`Path`): directory to write to; one that an earlier run made is made anew.
@@ -42,6 +42,8 @@ def run(output: Path, console: Console, max_new_tokens: int = 48) -> Path:
     Raises:
         AttnResError: `output` holds something else, or the conversion failed.
     """
+    from ..eval import evaluate, quiet  # here, since it takes seconds that an import for `CHECKPOINT` can do without
+
     if output.exists():
         if not (output / MARK).is_file():
             raise AttnResError(f"{output} exists and was not made by the demo; choose another with --output.")
@@ -75,17 +77,31 @@ def run(output: Path, console: Console, max_new_tokens: int = 48) -> Path:
         console.print(table)
     console.print(f"{same} of {len(PROMPTS)} continuations are the same, token for token.")
 
-    console.rule("3. Where it is, and what next")
-    console.print(
-        f"The converted checkpoint: [bold]{escape(str(converted))}[/], with attnres_conversion.json beside it."
-    )
+    console.rule("3. Evaluate both")
+    console.print("A dozen questions for each core benchmark, through its own prompts and metrics.")
+    quiet()
+    evaluation = output / "evaluation"
+    report = evaluate(str(converted), str(CHECKPOINT), tasks="sample", output=evaluation)
+    assert report is not None
+    console.print(report.terminal_table())
+    for missing in report.missing:
+        console.print(f"Not run: {missing.line}", markup=False)
+
+    console.rule("4. Where it is, and what next")
+    console.print(f"The converted checkpoint: [bold]{escape(str(converted))}[/], with attnres_conversion.json in it.")
+    console.print(f"Its evaluation: [bold]{escape(str(evaluation / 'report.html'))}[/]")
     commands = (
         "attnres convert Qwen/Qwen3-0.6B Qwen3-0.6B-AttnRes --num-blocks 8",
         "python -c \"from transformers import pipeline; print(pipeline('text-generation', "
         "'Qwen3-0.6B-AttnRes', trust_remote_code=True)('Attention over depth'))\"",
+        "attnres eval Qwen3-0.6B-AttnRes --baseline Qwen/Qwen3-0.6B --tasks core",
         "hf upload YOUR-NAME/Qwen3-0.6B-AttnRes Qwen3-0.6B-AttnRes",
     )
-    console.print(Panel(escape("\n".join(commands)), title="For your own checkpoint: convert, generate, share"))
+    console.print(
+        Panel(escape("\n".join(commands)), title="For your own checkpoint: convert, generate, evaluate, share")
+    )
     if same != len(PROMPTS):
         raise AttnResError("the converted checkpoint generates something else than the original.")
+    if any(row.difference for row in report.rows):
+        raise AttnResError("the converted checkpoint scores something else than the original.")
     return converted

@@ -15,7 +15,7 @@ import attnres
 from attnres.cli import main
 from attnres.conversion import ConversionError
 
-COMMANDS = ("convert", "card", "push", "demo")
+COMMANDS = ("convert", "eval", "card", "push", "demo")
 
 
 @dataclass
@@ -120,9 +120,18 @@ def test_wrong_usage(run: Callable[..., Result], arguments: list[str]) -> None:
     assert "Usage" in result.stderr
 
 
-def test_demo_twice(tmp_path: Path, run: Callable[..., Result]) -> None:
-    for _ in range(2):
-        result = run("demo", "--output", "demo")
-        assert result.returncode == 0, result.stderr
-        assert "3 of 3 continuations are the same" in result.stdout
-        assert (tmp_path / "demo" / "tiny-qwen3-attnres" / "model-attnres.safetensors").is_file()
+def test_demo_twice(tmp_path: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("demo", "--output", "demo")
+    assert result.returncode == 0, result.stderr
+    assert "3 of 3 continuations are the same" in result.stdout
+    assert (tmp_path / "demo" / "tiny-qwen3-attnres" / "model-attnres.safetensors").is_file()
+    rows = json.loads((tmp_path / "demo" / "evaluation" / "report.json").read_text())["rows"]
+    assert [row["difference"] for row in rows] == [0] * 5
+    assert all(name in result.stdout for name in ("MMLU", "GPQA-Diamond", "Math (Minerva)", "MATH-500", "HumanEval"))
+
+    def stop(*arguments: object, **options: object) -> None:
+        raise ConversionError("far enough")
+
+    monkeypatch.setattr("attnres.examples.demo.convert", stop)
+    assert "far enough" in run("demo", "--output", "demo").stderr
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == [".attnres-demo"], "not made anew"
