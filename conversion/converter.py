@@ -33,10 +33,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .. import modeling_attnres
 from ..configuration_attnres import MIXES, AttnResConfig
-from .source import DEPTH_PREFIX, ConversionError, Source, open_source
+from .source import DEPTH_PREFIX, DEPTH_SHARD, ConversionError, Source, open_source
 from .verification import VERIFICATION_MODES, Verification, check_complete, compare
 
-DEPTH_SHARD = "model-attnres.safetensors"
 SINGLE_SHARD = "model-00001-of-00001.safetensors"  # `model.safetensors` would be loaded without looking at the index
 REPORT = "attnres_conversion.json"
 REPLACED = ".replaced"  # suffix of a checkpoint that has made way for the one that replaces it
