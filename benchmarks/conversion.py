@@ -92,10 +92,10 @@ def make_sparse_checkpoint(config: PreTrainedConfig, directory: Path) -> int:
     return sum(sizes)
 
 
-def measure(source: Path, verify: str) -> dict[str, Any]:
+def measure(source: Path, verify: str, block_size: int | None) -> dict[str, Any]:
     """Converts in this process; returns what the conversion reported, its seconds, and the peak memory in bytes."""
     started = time.perf_counter()
-    report = convert(source, source.with_name("converted"), verify=verify, overwrite=True)
+    report = convert(source, source.with_name("converted"), block_size=block_size, verify=verify, overwrite=True)
     return {
         "seconds": time.perf_counter() - started,
         "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -109,17 +109,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--verify", choices=("none", "sample"), default="none")
+    parser.add_argument("--block-size", type=int, help="S, sublayers per block; 8 blocks if it is not given")
     parser.add_argument("--output", type=Path, help="write all figures there, as JSON")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # one run, in a process of its own
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.measure, arguments.verify)))
+        print(json.dumps(measure(arguments.measure, arguments.verify, arguments.block_size)))
         return
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory) / "source"
         size = make_sparse_checkpoint(kimi_linear_48b(), source)
         shards = len(list(source.glob("*.safetensors")))
-        command = [sys.executable, __file__, "--verify", arguments.verify, "--measure", str(source)]
+        command = [sys.executable, __file__, *sys.argv[1:], "--measure", str(source)]
         runs = [json.loads(subprocess.check_output(command)) for _ in range(arguments.runs)]
     print(
         f"{size / 1e9:.1f} GB in {shards} shards, verify={arguments.verify}; {len(runs)} runs, each in a new process:"

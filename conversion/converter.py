@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -272,9 +272,7 @@ def _write_depth_shard(source: Source, config: AttnResConfig, stage: Path) -> in
         f"{DEPTH_PREFIX}key_norm": torch.ones(shape, dtype=dtype),
         f"{DEPTH_PREFIX}query": torch.zeros(shape, dtype=dtype),
     }
-    save_file(tensors, stage / DEPTH_SHARD, metadata={"format": "pt"})
-    (stage / DEPTH_SHARD).chmod(0o666 & ~_umask())  # safetensors makes private files
-    return (stage / DEPTH_SHARD).stat().st_size
+    return (stage / DEPTH_SHARD).write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def _shard_name(shard: str) -> str:
@@ -330,16 +328,17 @@ def _deliver(stage: Path, target: Path, overwrite: bool) -> None:
     for path in sorted(stage.rglob("*")):
         _sync(path)
     _sync(stage)
-    _check_destination(target, overwrite)  # once more: it may have appeared meanwhile
     replaced = stage.with_name(stage.name + REPLACED)
-    try:
-        if target.exists():
-            target.rename(replaced)
-        stage.rename(target)
-    except BaseException:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        raise
+    with _locked(target.parent, wait=True):  # another conversion may be delivering there
+        _check_destination(target, overwrite)  # once more: it may have appeared meanwhile
+        try:
+            if target.exists():
+                target.rename(replaced)
+            stage.rename(target)
+        except BaseException:
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
+            raise
     with suppress(OSError):  # it is delivered
         _sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -85,7 +85,9 @@ def load_layer_by_layer(
 
     def run_layer(index: int, *args: Any, **kwargs: Any) -> Any:
         model = load(_with_only(model_class, index), config, name, directory, dtype)
-        return decoder_layers(model)[index].forward(*args, **kwargs)
+        output = decoder_layers(model)[index].forward(*args, **kwargs)
+        nn.Module.to(model, "meta")  # frees the weights now, whatever still refers to the model
+        return output
 
     model = load(_with_only(model_class, None), config, name, directory, dtype)
     for index, layer in enumerate(decoder_layers(model)):
@@ -109,7 +111,7 @@ def _with_only(model_class: Any, index: int | None) -> Any:
             for child in (*path.split("."), str(index)):
                 _empty(module, keep=child)
                 module = getattr(module, child)
-            self.all_tied_weights_keys = {}  # nothing is left that could share weights
+            self.all_tied_weights_keys: dict[str, str] = {}  # nothing is left that could share weights
 
     for attribute in ("__name__", "__qualname__", "__module__"):  # by which renamings of tensors are found
         setattr(Part, attribute, getattr(model_class, attribute))

@@ -224,6 +224,12 @@ def _check_sizes(directory: Path, config: PreTrainedConfig, infos: dict[str, Ten
         )
     if not any(config.hidden_size in info.shape for info in infos.values()):
         raise ConversionError(f"{config_file}: hidden_size={_repr(config.hidden_size)}, but no tensor has that size.")
+    largest = max(max(info.shape, default=0) for info in infos.values())
+    for field, value in config.to_dict().items():
+        if (field.startswith("num_") or field.endswith("_dim")) and isinstance(value, int) and value > largest:
+            raise ConversionError(
+                f"{config_file}: {field}={_repr(value)}, but the largest size of a tensor is {largest}."
+            )
 
 
 def read_index(directory: Path) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -314,7 +320,9 @@ def _parse_tensor(name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     """What a header says of one tensor, and the first byte of its data and the one after its last."""
     if not isinstance(entry, dict):
         raise ValueError(f"tensor {_repr(name)} is described by {_repr(entry)}, not by an object")
-    dtype, shape, offsets = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"tensor {_repr(name)} has dtype={_repr(dtype)}, which Transformers cannot load")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:

@@ -361,6 +361,8 @@ BAD_INPUT: list[tuple[str, bool, Damage, str, dict[str, Any]]] = [
     ("vocab_size negative", ONE, edit_config(vocab_size=-96), "source cannot be loaded.*-96", {}),
     ("vocab_size vast", ONE, edit_config(vocab_size=10**15), "source cannot be loaded|contradict", {}),
     ("no heads", ONE, edit_config(num_attention_heads=0), "source cannot be loaded", {}),
+    ("heads a billion wide", ONE, edit_config(head_dim=10**9), "config.json: head_dim=1000000000", {}),
+    ("a billion heads", ONE, edit_config(num_attention_heads=10**9), "config.json: num_attention_heads=10000", {}),
     ("padding beyond the vocabulary", ONE, edit_config(pad_token_id=1000), "source cannot be loaded", {}),
     ("epsilon not a number", ONE, edit_config(rms_norm_eps=float("nan")), "differs from source.*nan", FULL),
     ("dtype of integers", ONE, edit_config(dtype="int8"), "config.json: dtype=.*floating-point dtype", {}),
