@@ -25,6 +25,7 @@ def load(
     source: Path | dict[str, torch.Tensor],
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    stored_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Loads a model in evaluation mode and checks that nothing was missing.
 
@@ -35,6 +36,7 @@ def load(
         source (`Path` or `dict[str, torch.Tensor]`): directory of the checkpoint, or tensors by their names there.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the model.
         device (`str`, *optional*, defaults to `"cpu"`): of the model.
+        stored_dtype (`torch.dtype`, *optional*): to load in before converting to `dtype`, for less memory.
 
     Raises:
         ConversionError: the model cannot be made, or tensors are missing or have other shapes than it needs.
@@ -47,7 +49,7 @@ def load(
             source if is_directory else None,
             state_dict=None if is_directory else source,
             config=config,
-            dtype=dtype,
+            dtype=stored_dtype or dtype,
             device_map=device,
             experts_implementation="eager" if dtype == torch.float64 else None,  # the others have no float64
             output_loading_info=True,
@@ -62,7 +64,7 @@ def load(
     mismatched = sorted(str(key) for key in info["mismatched_keys"] if DEPTH_PREFIX not in str(key))
     if mismatched:
         raise ConversionError(f"{name}: tensors whose shapes contradict config.json, first {mismatched[0]}.")
-    return model.eval()
+    return nn.Module.to(model, dtype).eval() if stored_dtype else model.eval()
 
 
 def meta_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -83,16 +85,23 @@ def load_layer_by_layer(
     forward loads each layer anew. Arguments and errors are those of [`load`].
     """
 
+    def load_part(index: int | None) -> Any:
+        return load(_with_only(model_class, index), config, name, directory, dtype, stored_dtype=_stored_dtype(config))
+
     def run_layer(index: int, *args: Any, **kwargs: Any) -> Any:
-        model = load(_with_only(model_class, index), config, name, directory, dtype)
+        model = load_part(index)
         output = decoder_layers(model)[index].forward(*args, **kwargs)
         nn.Module.to(model, "meta")  # frees the weights now, whatever still refers to the model
         return output
 
-    model = load(_with_only(model_class, None), config, name, directory, dtype)
+    model = load_part(None)
     for index, layer in enumerate(decoder_layers(model)):
         layer.forward = partial(run_layer, index)
     return model
+
+
+def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
 def _with_only(model_class: Any, index: int | None) -> Any:
@@ -135,14 +144,16 @@ def layer_number(tensor: str) -> int | None:
 
 
 def needed_memory(source: Source, dtype: torch.dtype, layer_by_layer: bool) -> int:
-    """Bytes of the parameters that are in memory at once; a layer is there twice while its experts are merged."""
+    """Bytes of the parameters that are in memory at once."""
     if not layer_by_layer:
         return dtype.itemsize * source.num_parameters
     sizes: Counter[int | None] = Counter()
     for name, info in source.infos.items():
         sizes[layer_number(name)] += info.num_elements
     outside = sizes.pop(None, 0)
-    return dtype.itemsize * (outside + 2 * max(sizes.values(), default=0))
+    stored = _stored_dtype(source.config).itemsize
+    # While experts are merged there are two and a half copies of them, later one of each dtype.
+    return outside * dtype.itemsize + max(sizes.values(), default=0) * max(5 * stored // 2, stored + dtype.itemsize)
 
 
 def available_memory(root: Path = Path("/")) -> int:

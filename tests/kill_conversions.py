@@ -77,7 +77,7 @@ def main(directory: Path, moments: int) -> dict[str, int]:
             verify = "full" if moment % 3 == 0 else "none"
             old = set(directory.iterdir())
             pid = start(directory, "--verify", verify)
-            time.sleep(generator.uniform(0, 1.5 * seconds[verify]))
+            time.sleep(generator.uniform(0, 1.2 * seconds[verify]))
             os.kill(pid, number)
             os.waitpid(pid, 0)
             look()

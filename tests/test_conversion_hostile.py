@@ -718,7 +718,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return {shards: make_source(root / str(shards), shards=shards, num_hidden_layers=1) for shards in (ONE, MANY)}
 
 
-@settings(FUZZ, max_examples=300)
+@settings(FUZZ, max_examples=200)
 @given(st.data())
 def test_fuzzed_header_bytes(fuzzed: dict[bool, Path], data: st.DataObject) -> None:
     path = fuzzed[ONE] / SHARD
@@ -736,7 +736,7 @@ def test_fuzzed_header_bytes(fuzzed: dict[bool, Path], data: st.DataObject) -> N
         path.write_bytes(original)
 
 
-@settings(FUZZ, max_examples=300)
+@settings(FUZZ, max_examples=200)
 @given(st.data())
 def test_fuzzed_header_values(fuzzed: dict[bool, Path], data: st.DataObject) -> None:
     path = fuzzed[ONE] / SHARD
@@ -754,7 +754,7 @@ def test_fuzzed_header_values(fuzzed: dict[bool, Path], data: st.DataObject) -> 
         path.write_bytes(original)
 
 
-@settings(FUZZ, max_examples=300)
+@settings(FUZZ, max_examples=200)
 @given(st.data())
 def test_fuzzed_index(fuzzed: dict[bool, Path], data: st.DataObject) -> None:
     path = fuzzed[MANY] / INDEX

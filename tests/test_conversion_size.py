@@ -73,11 +73,16 @@ def test_kimi_linear_48b(benchmark: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_kimi_linear_48b_sampled(benchmark: ModuleType, tmp_path: Path) -> None:
     """The first two blocks and a layer more, where a layer with its 256 experts alone takes 7 GB in float32."""
+    if loading.available_memory() < 16e9:
+        pytest.skip("needs 16 GB of free memory")
     source = tmp_path / "source"
     benchmark.make_sparse_checkpoint(benchmark.kimi_linear_48b(), source)
-    assert measure(source, "sample")["peak_bytes"] < 24e9
+    measured = measure(source, "sample")
+    assert measured["peak_bytes"] < 24e9, "that of the whole is 98 GB, in float32 196 GB"
+    assert measured["copied"] == 0
 
 
 def test_a_sample_loads_one_layer_at_a_time(benchmark: ModuleType, tmp_path: Path) -> None:
