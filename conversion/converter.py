@@ -89,8 +89,8 @@ def convert(
 
     Args:
         source (`str` or `PathLike`):
-            directory of a checkpoint, or a Hub id. Nothing in it is trusted: no code of it runs, and no link is followed
-            out of it, except by a snapshot in the Hub's cache to the blobs of its repository.
+            directory of a checkpoint, or a Hub id. Nothing in it is trusted: none of its code runs, and no link is
+            followed out of it, except by a snapshot in the Hub's cache to the blobs of its repository.
         destination (`str` or `PathLike`): directory to make. It appears at once and complete, or not at all.
         block_size (`int`, *optional*): S, sublayers per block; 1 is Full AttnRes. Excludes `num_blocks`.
         num_blocks (`int`, *optional*, defaults to 8): N, the number of blocks.
@@ -99,7 +99,7 @@ def convert(
             their epsilon, and verified to 1 % instead of 0.01 % of the largest logit.
         verify (`str`, *optional*, defaults to `"full"`):
             `"full"` compares the logits of the whole models, `"sample"` of their first layers, which are in memory one
-            at a time (for models that do not fit there), `"none"` compares nothing. Names and shapes are checked always.
+            at a time (for models that do not fit there), `"none"` compares only names and shapes.
         overwrite (`bool`, *optional*, defaults to `False`): replace a checkpoint that is already at `destination`.
         revision (`str`, *optional*): branch, tag or commit of a Hub id.
         progress (`bool`, *optional*, defaults to `False`): show a progress bar on stderr while shards are copied.

@@ -167,12 +167,12 @@ def _find(path: Path, revision: str | None) -> Path:
 
 def _read_config(directory: Path) -> PreTrainedConfig:
     config_file = directory / "config.json"
+    if os.path.lexists(directory / "adapter_config.json"):  # the loader would look for weights elsewhere
+        raise ConversionError(
+            f"{directory} holds a PEFT adapter (adapter_config.json), not a checkpoint alone; merge it into its base "
+            "model (`merge_and_unload`), save that, and convert the result."
+        )
     if not os.path.lexists(config_file):
-        if (directory / "adapter_config.json").is_file():
-            raise ConversionError(
-                f"{directory} holds a PEFT adapter, not a checkpoint; merge it into its base model "
-                "(`merge_and_unload`), save that, and convert the result."
-            )
         raise ConversionError(f"{directory} has no config.json; it is not a Transformers checkpoint.")
     config_dict = read_json(config_file)
     model_type = config_dict.get("model_type")

@@ -2,7 +2,8 @@
 
     python kill_conversions.py DIRECTORY NUMBER_OF_MOMENTS
 
-A process of its own, with one thread: it imports everything once and forks for each conversion.
+A process of its own, with one thread: it imports everything once and forks for each conversion. A moment is a number of
+function calls, so that the same ones are met on any machine.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import random
 import shutil
 import signal
 import sys
-import time
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from checkpoints import make_source, snapshot
+from transformers.utils import logging
 
 from attnres import cli
 from attnres.conversion import convert
@@ -26,19 +30,40 @@ from attnres.conversion import convert
 REPORT = "attnres_conversion.json"
 
 
-def start(directory: Path, *options: str) -> int:
+class Clock:
+    """Counts function calls, of Python and of C; sends this process a signal at one of them."""
+
+    def __init__(self, moment: int | None = None, number: signal.Signals = signal.SIGKILL):
+        self.calls, self.moment, self.number = 0, moment, number
+
+    def __call__(self, frame: Any, event: str, argument: Any) -> None:
+        self.calls += event.endswith("call")
+        if self.calls == self.moment:
+            self.moment = None
+            os.kill(os.getpid(), self.number)
+
+
+def run(directory: Path, *options: str, clock: Clock | None = None) -> int:
+    """The command, silently. Returns its exit code."""
+    sys.argv = ["attnres", "convert", str(directory / "source"), str(directory / "converted"), *options]
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        sys.setprofile(clock)
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            return int(stopped.code or 0)
+        finally:
+            sys.setprofile(None)
+    return 0
+
+
+def start(directory: Path, *options: str, clock: Clock | None = None) -> int:
     """The command, in a forked process."""
     if pid := os.fork():
         return pid
     code = 1
     try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        sys.argv = ["attnres", "convert", str(directory / "source"), str(directory / "converted"), *options]
-        cli.main()
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
+        code = run(directory, *options, clock=clock)
     finally:
         os._exit(code)
 
@@ -51,14 +76,15 @@ def contents(converted: Path) -> dict[str, str]:
 
 def main(directory: Path, moments: int) -> dict[str, int]:
     torch.set_num_threads(1)
-    source, converted = make_source(directory / "source", shards=True), directory / "converted"
+    logging.disable_progress_bar()  # all processes share its lock, which a killed one may hold
+    source, converted = make_source(directory / "source", shards=True, num_hidden_layers=1), directory / "converted"
     (source / "LICENSE").write_text("the licence")
     before = snapshot(source)
-    seconds, seen = {}, Counter[str]()
+    calls, seen = {}, Counter[str]()
     for verify in ("full", "none", "full", "none"):  # the first time imports what it needs
-        started = time.perf_counter()
-        convert(source, converted, verify=verify, overwrite=True)
-        seconds[verify] = time.perf_counter() - started
+        clock = Clock()
+        run(directory, "--verify", verify, "--overwrite", clock=clock)
+        calls[verify] = clock.calls
     whole = contents(converted)
     shutil.rmtree(converted)
 
@@ -74,11 +100,10 @@ def main(directory: Path, moments: int) -> dict[str, int]:
     generator = random.Random(0)
     for moment in range(moments):
         for number in (signal.SIGKILL, signal.SIGTERM):
-            verify = "full" if moment % 3 == 0 else "none"
+            verify = "full" if moment % 5 == 0 else "none"
             old = set(directory.iterdir())
-            pid = start(directory, "--verify", verify)
-            time.sleep(generator.uniform(0, 1.2 * seconds[verify]))
-            os.kill(pid, number)
+            clock = Clock(generator.randrange(int(1.1 * calls[verify])), number)
+            pid = start(directory, "--verify", verify, clock=clock)
             os.waitpid(pid, 0)
             look()
             seen[f"left behind by {number.name}"] += bool(set(directory.iterdir()) - old)

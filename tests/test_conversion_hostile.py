@@ -279,6 +279,7 @@ BAD_INPUT: list[tuple[str, bool, Damage, str, dict[str, Any]]] = [
         {},
     ),
     ("adapter", ONE, both(remove("config.json"), write("adapter_config.json", "{}")), "PEFT adapter", {}),
+    ("adapter beside the weights", ONE, write("adapter_config.json", '{"base_model_name_or_path": "/"}'), "PEFT", {}),
     ("another family", ONE, other_family, "'gpt2' is not supported", {}),
     ("already converted", ONE, already_converted, "AttnRes checkpoint already", {}),
     # config.json: the file
