@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -260,6 +261,7 @@ def demo(
 
 def main() -> None:
     """Runs the command; an [`AttnResError`] is printed as a message, without a traceback, and exits with 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half-written is removed
     try:
         app()
     except AttnResError as error:

@@ -36,7 +36,13 @@ IS_INSTALLED = __package__ == "attnres"
 
 
 class AttnResError(ValueError):
-    """Root of all errors of this package: says what was wrong, where, and what to do."""
+    """Root of all errors of this package: says what was wrong, where, and what to do.
+
+    Messages quote files that may come from anyone, so control characters are escaped before a terminal sees them.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message))
 
 
 class AttnResConfigError(AttnResError):

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -37,10 +38,9 @@ from ..configuration_attnres import MIXES, AttnResConfig
 from ..model_cards.card import CARD, build_card, inherited_metadata
 from . import formats
 from .errors import ConversionError
-from .source import DEPTH_PREFIX, Source, open_source, read_headers
+from .source import DEPTH_PREFIX, DEPTH_SHARD, Source, check_sizes, open_source, read_headers
 from .verification import VERIFICATION_MODES, Verification, check_complete, compare
 
-DEPTH_SHARD = "model-attnres.safetensors"
 SINGLE_SHARD = "model-00001-of-00001.safetensors"  # `model.safetensors` would be loaded without looking at the index
 REPORT = "attnres_conversion.json"
 REPLACED = ".replaced"  # suffix of a checkpoint that has made way for the one that replaces it
@@ -98,7 +98,9 @@ def convert(
     """Makes an AttnRes checkpoint of an existing one, without changing what it computes or rewriting a weight.
 
     Args:
-        source (`str` or `PathLike`): directory of a checkpoint, or a Hub id.
+        source (`str` or `PathLike`):
+            directory of a checkpoint, or a Hub id. Nothing in it is trusted: none of its code runs, and no link is
+            followed out of it, except by a snapshot in the Hub's cache to the blobs of its repository.
         destination (`str` or `PathLike`): directory to make. It appears at once and complete, or not at all.
         block_size (`int`, *optional*): S, sublayers per block; 1 is Full AttnRes. Excludes `num_blocks`.
         num_blocks (`int`, *optional*, defaults to 8): N, the number of blocks.
@@ -106,8 +108,8 @@ def convert(
             `"sum"` is lossless for every architecture; `"mean"` is the paper's read, lossless behind RMSNorms up to
             their epsilon, and verified to 1 % instead of 0.01 % of the largest logit.
         verify (`str`, *optional*, defaults to `"full"`):
-            `"full"` compares the logits of the whole models, `"sample"` of their first layers (for models that do not
-            fit in memory), `"none"` compares nothing.
+            `"full"` compares the logits of the whole models, `"sample"` of their first layers, which are in memory one
+            at a time (for models that do not fit there), `"none"` compares only names and shapes.
         overwrite (`bool`, *optional*, defaults to `False`): replace a checkpoint that is already at `destination`.
         allow_pickle (`bool`, *optional*, defaults to `False`):
             Take pickled weights (`pytorch_model.bin`) where there are no safetensors. They are read with
@@ -337,11 +339,15 @@ def _rewrite_pickles(source: Source, stage: Path) -> tuple[Source, int]:
         )
     shards = tuple(sorted(set(tensors.values())))
     infos = read_headers(stage, shards, tensors)
+    check_sizes(source.directory, source.config, infos)
     return replace(source, shards=shards, tensors=tensors, infos=infos), written
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> int:
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(str(error)) from error
     path.chmod(0o666 & ~_umask())  # safetensors makes private files
     return path.stat().st_size
 
@@ -399,16 +405,17 @@ def _deliver(stage: Path, target: Path, overwrite: bool) -> None:
     for path in sorted(stage.rglob("*")):
         _sync(path)
     _sync(stage)
-    _check_destination(target, overwrite)  # once more: it may have appeared meanwhile
     replaced = stage.with_name(stage.name + REPLACED)
-    try:
-        if target.exists():
-            target.rename(replaced)
-        stage.rename(target)
-    except BaseException:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        raise
+    with _locked(target.parent, wait=True):  # another conversion may be delivering there
+        _check_destination(target, overwrite)  # once more: it may have appeared meanwhile
+        try:
+            if target.exists():
+                target.rename(replaced)
+            stage.rename(target)
+        except BaseException:
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
+            raise
     with suppress(OSError):  # it is delivered
         _sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -35,8 +35,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 from ..configuration_attnres import AttnResConfig, AttnResError
 from ..depth_attention import DepthAttention, DepthSettings
 from ..modeling_attnres import AttnResForCausalLM
-from .converter import DEPTH_SHARD, _deliver, _staging, _write_config_and_code
-from .source import DEPTH_PREFIX, ConversionError, TensorInfo, find_companions, read_headers, read_index, read_json
+from .converter import _deliver, _staging, _write_config_and_code
+from .errors import ConversionError
+from .source import DEPTH_PREFIX, DEPTH_SHARD, TensorInfo, find_companions, read_headers, read_index, read_json
 
 MODEL_TYPE = "kimi_k3"
 BACKBONE_TYPE = "kimi_linear"

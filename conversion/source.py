@@ -1,20 +1,30 @@
-"""Reading a checkpoint to convert: its config, its index and the headers of its shards, never its weights."""
+"""Reading a checkpoint to convert: its config, its index and the headers of its shards, never its weights.
+
+Nothing in a checkpoint is trusted. A file is read only if it is a regular one that lies in the directory, also behind
+links; the Hub's cache is the exception, where a snapshot may link to the blobs of its own repository.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import stat
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.modeling_utils import str_to_torch_dtype
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..configuration_attnres import AttnResConfig, supported_backbone
@@ -43,6 +53,20 @@ COMPANIONS = (
     "vocab.*",
 )
 DEPTH_PREFIX = "depth_attention."
+DEPTH_SHARD = "model-attnres.safetensors"
+
+# What a file may claim: bytes of an index, a header or a companion (indices of the largest models have some 20 MB),
+# decoder layers, and dimensions of a tensor (as many as torch has).
+MAX_FILE_BYTES = 64 * 2**20
+MAX_LAYERS = 10_000
+MAX_DIMENSIONS = 64
+
+# By their names in safetensors; complex and scale dtypes are ones that Transformers loads but does not list.
+DTYPES = {**str_to_torch_dtype, "C64": torch.complex64, "F8_E8M0": torch.float8_e8m0fnu}
+
+_shortened = Repr()  # of what a file says, which may be megabytes
+_shortened.maxstring = 200
+_repr = _shortened.repr
 
 
 @dataclass(frozen=True)
@@ -54,10 +78,7 @@ class TensorInfo:
 
     @property
     def num_elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -126,22 +147,13 @@ def open_source(source: str | os.PathLike, revision: str | None = None, allow_pi
     shards, tensors = read_index(directory, allow_pickle)
     pickles = tuple(shard for shard in shards if shard.endswith(".bin"))
     infos = {} if pickles else read_headers(directory, shards, tensors)
-    if taken := [name for name in infos if name.startswith(DEPTH_PREFIX)]:
-        raise ConversionError(f"{directory / tensors[taken[0]]} holds {taken[0]!r}, a name that AttnRes needs.")
+    if taken := [name for name in infos if name.startswith(DEPTH_PREFIX) or tensors[name] == DEPTH_SHARD]:
+        raise ConversionError(f"{directory / tensors[taken[0]]} holds {_repr(taken[0])}, a name that AttnRes needs.")
+    if not pickles:
+        check_sizes(directory, config, infos)
     name = directory.resolve().name if Path(source).exists() else str(source)
     shards = () if pickles else shards
     return Source(directory, name, config, shards, tensors, infos, find_companions(directory), pickles)
-
-
-def find_companions(directory: Path) -> tuple[str, ...]:
-    """The files of `COMPANIONS` in a checkpoint, relative to its directory."""
-    companions = sorted(
-        path.relative_to(directory).as_posix()
-        for pattern in COMPANIONS
-        for path in directory.glob(pattern)
-        if path.is_file() and not fnmatch(path.name, "*.safetensors*")
-    )
-    return tuple(companions)
 
 
 def _find(path: Path, revision: str | None, allow_pickle: bool) -> Path:
@@ -177,9 +189,9 @@ def _find(path: Path, revision: str | None, allow_pickle: bool) -> Path:
 
 def _read_config(directory: Path) -> PreTrainedConfig:
     config_file = directory / "config.json"
-    if (directory / "adapter_config.json").exists():  # which is loaded together with weights that are beside it
+    if os.path.lexists(directory / "adapter_config.json"):  # which is loaded together with weights that are beside it
         raise ConversionError(f"{directory} holds {formats.other_format(['adapter_config.json'])}")
-    if not config_file.is_file():
+    if not os.path.lexists(config_file):
         reason = formats.other_format(path.name for path in directory.iterdir())
         raise ConversionError(
             f"{directory} has no config.json; it is not a Transformers checkpoint."
@@ -200,15 +212,17 @@ def _read_config(directory: Path) -> PreTrainedConfig:
     architectures = config_dict.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ConversionError(f"{config_file}: architectures={architectures!r}; a list of class names was expected.")
-    if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if architectures and expected not in architectures and not any(a.endswith("ForCausalLM") for a in architectures):
         raise ConversionError(
-            f"{config_file}: architectures={architectures}; only causal language models (...ForCausalLM) can be "
+            f"{config_file}: architectures={architectures}; only causal language models, here {expected}, can be "
             "converted."
         )
     formats.quantization_method(config_dict)
+    _check_num_layers(config_file, config_dict)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+    except Exception as error:  # whatever a configuration's constructor makes of a value that it did not expect
         raise ConversionError(f"{config_file} makes no {model_type} configuration: {error}") from error
     if config.dtype is not None and config.dtype not in formats.DEPTH_DTYPES.values():  # float8 makes no model
         raise ConversionError(
@@ -217,20 +231,48 @@ def _read_config(directory: Path) -> PreTrainedConfig:
     return config
 
 
+def _check_num_layers(config_file: Path, config_dict: dict[str, Any]) -> None:
+    """Before a configuration is made, which lists the type of each layer."""
+    alias = CONFIG_MAPPING[config_dict["model_type"]].attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    for field in {"num_hidden_layers", alias} & config_dict.keys():
+        value = config_dict[field]
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_LAYERS:
+            raise ConversionError(
+                f"{config_file}: {field}={_repr(value)}; an integer from 1 to {MAX_LAYERS} was expected."
+            )
+
+
+def check_sizes(directory: Path, config: PreTrainedConfig, infos: dict[str, TensorInfo]) -> None:
+    """Refuses sizes that no tensor has, before a model of these sizes is made."""
+    config_file = directory / "config.json"
+    if config.num_hidden_layers > len(infos):
+        raise ConversionError(
+            f"{config_file}: num_hidden_layers={config.num_hidden_layers}, but there are only {len(infos)} tensors."
+        )
+    if not any(config.hidden_size in info.shape for info in infos.values()):
+        raise ConversionError(f"{config_file}: hidden_size={_repr(config.hidden_size)}, but no tensor has that size.")
+    largest = max(max(info.shape, default=0) for info in infos.values())
+    for field, value in config.to_dict().items():
+        if (field.startswith("num_") or field.endswith("_dim")) and isinstance(value, int) and value > largest:
+            raise ConversionError(
+                f"{config_file}: {field}={_repr(value)}, but the largest size of a tensor is {largest}."
+            )
+
+
 def read_index(directory: Path, allow_pickle: bool = False) -> tuple[tuple[str, ...], dict[str, str]]:
     """Returns the shards, and for each tensor name the shard that holds it, in the order the loader looks. Of a single
     pickled file the names are not known."""
-    if (directory / SAFE_WEIGHTS_NAME).is_file():
-        with _open_shard(directory / SAFE_WEIGHTS_NAME) as file:
-            return (SAFE_WEIGHTS_NAME,), dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+    if os.path.lexists(directory / SAFE_WEIGHTS_NAME):
+        names = read_header(directory / SAFE_WEIGHTS_NAME)
+        return (SAFE_WEIGHTS_NAME,), dict.fromkeys(names, SAFE_WEIGHTS_NAME)
     index_file = directory / SAFE_WEIGHTS_INDEX_NAME
     suffix = ".safetensors"
-    if not index_file.is_file() and allow_pickle:
-        if (directory / WEIGHTS_NAME).is_file():
+    if not os.path.lexists(index_file) and allow_pickle:
+        if os.path.lexists(directory / WEIGHTS_NAME):
             return (WEIGHTS_NAME,), {}
         index_file = directory / WEIGHTS_INDEX_NAME
         suffix = ".bin"
-    if not index_file.is_file():
+    if not os.path.lexists(index_file):
         reason = formats.other_format(path.name for path in directory.iterdir())
         raise ConversionError(
             f"{directory} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}."
@@ -240,8 +282,12 @@ def read_index(directory: Path, allow_pickle: bool = False) -> tuple[tuple[str, 
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{index_file}: weight_map is missing or empty.")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or shard != Path(shard).name or not shard.endswith(suffix):
-            raise ConversionError(f"{index_file}: tensor {name!r} is in {shard!r}, which is no {suffix[1:]} file name.")
+        _check_tensor_name(index_file, name)
+        is_name = isinstance(shard, str) and shard.isprintable() and shard == Path(shard).name and len(shard) < 256
+        if not is_name or not shard.endswith(suffix):
+            raise ConversionError(
+                f"{index_file}: tensor {_repr(name)} is in {_repr(shard)}, which is no {suffix[1:]} file name."
+            )
     return tuple(sorted(set(weight_map.values()))), weight_map
 
 
@@ -250,35 +296,152 @@ def read_headers(directory: Path, shards: tuple[str, ...], tensors: dict[str, st
     infos: dict[str, TensorInfo] = {}
     for shard in shards:
         path = directory / shard
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise ConversionError(f"{path} is named by {SAFE_WEIGHTS_INDEX_NAME} but missing; fetch it again.")
-        with _open_shard(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                if tensors.get(name) != shard:
-                    raise ConversionError(f"{path} holds tensor {name!r}, which the index puts in {tensors.get(name)}.")
-                tensor = file.get_slice(name)
-                infos[name] = TensorInfo(tuple(tensor.get_shape()), tensor.get_dtype())
+        header = read_header(path)
+        for name in header:
+            if tensors.get(name) != shard:
+                raise ConversionError(
+                    f"{path} holds tensor {_repr(name)}, which the index puts in {tensors.get(name)}."
+                )
+        infos |= header
     if missing := sorted(set(tensors) - set(infos)):
         raise ConversionError(
-            f"{directory / tensors[missing[0]]} lacks tensor {missing[0]!r}, which the index puts there"
+            f"{directory / tensors[missing[0]]} lacks tensor {_repr(missing[0])}, which the index puts there"
             + (f" ({len(missing)} tensors are missing in all)." if len(missing) > 1 else ".")
         )
     return infos
 
 
-def _open_shard(path: Path) -> Any:
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The header of a safetensors file: 8 bytes of length, then JSON. The tensors follow without gap or overlap."""
+    shard = regular_file(path)
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{path} is not a whole safetensors file: {error}") from error
+        file_size = shard.stat().st_size
+        with shard.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            if not 0 < header_size <= min(file_size - 8, MAX_FILE_BYTES):
+                raise ValueError(
+                    f"it says that its header has {header_size} bytes; the file has {file_size}, and a header at most "
+                    f"{MAX_FILE_BYTES}"
+                )
+            header = _parse_json(file.read(header_size))
+        header.pop("__metadata__", None)
+        infos, ranges = {}, []
+        for name, entry in header.items():
+            _check_tensor_name(path, name)
+            infos[name], data_range = _parse_tensor(name, entry)
+            ranges.append((*data_range, name))
+        end = 0
+        for begin, next_end, name in sorted(ranges):
+            if begin != end:
+                raise ValueError(f"tensor {_repr(name)} begins at byte {begin} of the data, not at {end}")
+            end = next_end
+        if 8 + header_size + end != file_size:
+            raise ValueError(f"its tensors end at byte {8 + header_size + end}, the file at {file_size}")
+        with safe_open(shard, framework="pt"):  # the library has the last word
+            pass
+    except ConversionError:
+        raise
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise ConversionError(f"{path} is not a whole safetensors file: {error}. Fetch it again.") from error
+    return infos
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object, or says what is wrong with the file."""
+def _parse_tensor(name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+    """What a header says of one tensor, and the first byte of its data and the one after its last."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"tensor {_repr(name)} is described by {_repr(entry)}, not by an object")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"tensor {_repr(name)} has dtype={_repr(dtype)}, which Transformers cannot load")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"tensor {_repr(name)} has shape={_repr(shape)}, which is none")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {_repr(name)} has data_offsets={_repr(offsets)}, which are none")
+    num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != num_bytes:
+        raise ValueError(
+            f"tensor {_repr(name)} has data_offsets={_repr(offsets)}, but shape={_repr(shape)} and dtype={dtype} need "
+            f"{_repr(num_bytes)} bytes"
+        )
+    return TensorInfo(tuple(shape), dtype), (offsets[0], offsets[1])
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def _check_tensor_name(path: Path, name: str) -> None:
+    if not name or not name.isprintable():
+        raise ConversionError(f"{path} names a tensor {_repr(name)}; a name must be printable.")
+
+
+def find_companions(directory: Path) -> tuple[str, ...]:
+    companions = []
+    for path in {path for pattern in COMPANIONS for path in directory.glob(pattern)}:
+        name = path.relative_to(directory).as_posix()
+        if path.is_dir() or fnmatch(name, "*.safetensors*"):
+            continue
+        if not name.isprintable():
+            raise ConversionError(f"{directory} holds {_repr(name)}; the name of a file must be printable.")
+        _check_file_size(regular_file(path, directory))
+        if path.suffix == ".json":
+            read_json(path, directory)
+        companions.append(name)
+    return tuple(sorted(companions))
+
+
+def regular_file(path: Path, directory: Path | None = None) -> Path:
+    """The file at `path`, behind links.
+
+    Args:
+        path (`Path`): a file of a checkpoint.
+        directory (`Path`, *optional*): that of the checkpoint; by default the one that holds `path`.
+
+    Raises:
+        ConversionError: it is missing, no regular file (a FIFO would be waited for), or not part of the checkpoint.
+    """
+    root = (directory or path.parent).resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        file = path.resolve(strict=True)
+        mode = file.stat().st_mode
+    except (OSError, RuntimeError) as error:  # of a loop of links
+        raise ConversionError(f"{path} cannot be read: {error}") from error
+    if not any(file.is_relative_to(parent) for parent in allowed):
+        raise ConversionError(f"{path} is a link out of the checkpoint, to {file}; put the file itself there.")
+    if not stat.S_ISREG(mode):
+        raise ConversionError(f"{path} is not a regular file.")
+    return file
+
+
+def _check_file_size(path: Path) -> None:
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise ConversionError(f"{path} has {size} bytes; more than {MAX_FILE_BYTES} are never read.")
+
+
+def read_json(path: Path, directory: Path | None = None) -> dict[str, Any]:
+    """Reads a JSON object, or says what is wrong with the file. Arguments are those of [`regular_file`]."""
+    file = regular_file(path, directory)
+    _check_file_size(file)
+    try:
+        return _parse_json(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not readable JSON: {error}") from error
+
+
+def _parse_json(content: bytes) -> dict[str, Any]:
+    value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
     if not isinstance(value, dict):
-        raise ConversionError(f"{path} holds a JSON {type(value).__name__}; an object was expected.")
+        raise ValueError(f"a JSON {type(value).__name__}, where an object was expected")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(value := dict(pairs)) < len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{_repr(name)} is there twice")
     return value

@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_attnres import AttnResConfig, AttnResError
 from ..modeling_attnres import AttnResForCausalLM
 from . import formats
 from .errors import ConversionError
-from .source import DEPTH_PREFIX, Source
+from .loading import available_memory, layers_of, load, load_layer_by_layer, meta_tensors, needed_memory
+from .source import DEPTH_PREFIX, DEPTH_SHARD, Source
 
 VERIFICATION_MODES = ("full", "sample", "none")
 
@@ -72,7 +71,7 @@ class Verification:
 
 
 def check_complete(source: Source, converted: Path) -> None:
-    """Checks names and shapes of all tensors against the configuration, without loading one.
+    """Checks names and shapes of all tensors against the configuration; reads headers only, unless they are quantised.
 
     Where a quantiser cannot be asked, the tensors that it would take are told by their modules' own being missing.
 
@@ -82,7 +81,8 @@ def check_complete(source: Source, converted: Path) -> None:
     config: PreTrainedConfig = AttnResConfig.from_pretrained(converted)
     if is_stored := not formats.loads_on_meta(source.config):
         config = formats.unquantized(config)
-    _load(AttnResForCausalLM, converted, config, str(source.directory), "meta", as_stored=is_stored)
+    tensors = converted if formats.quantization_method(config) else meta_tensors(converted)
+    load(AttnResForCausalLM, config, str(source.directory), tensors, device="meta", as_stored=is_stored)
 
 
 def compare(source: Source, converted: Path, config: AttnResConfig, mode: str) -> Verification:
@@ -105,7 +105,7 @@ def compare(source: Source, converted: Path, config: AttnResConfig, mode: str) -
     _check_depth_tensors(converted, config)
     measured = _compare_in(torch.float32, source, converted, config, mode)
     tolerance = TOLERANCE[config.mix]
-    if not measured.is_within(tolerance) and _fits(source, torch.float64):
+    if not measured.is_within(tolerance) and _fits(source, torch.float64, mode):
         measured = _compare_in(torch.float64, source, converted, config, mode)
     if not measured.is_within(tolerance):
         raise VerificationError(
@@ -122,22 +122,30 @@ def _compare_in(dtype: torch.dtype, source: Source, converted: Path, config: Att
     num_layers: int = config.num_hidden_layers
     if mode == "sample":
         num_layers = min(num_layers, _sample_layers(config))
-    elif not _fits(source, dtype):
+    if not _fits(source, dtype, mode):
         raise ConversionError(
-            f"verify='full' loads {source.name} in float32, {4 * source.num_parameters / 2**30:.1f} GiB, and "
-            f"{psutil.virtual_memory().available / 2**30:.1f} GiB are free; use verify='sample', which loads its first "
-            "layers."
+            f"verify={mode!r} loads {source.name} in float32, "
+            f"{needed_memory(source, dtype, mode == 'sample') / 2**30:.1f} GiB, and {available_memory() / 2**30:.1f} "
+            "GiB are free; use "
+            + ("verify='sample', which loads its first layers, one at a time." if mode == "full" else "verify='none'.")
         )
+    load_model = load_layer_by_layer if mode == "sample" else load
     tokens_from, sequences = _token_sequences(source)
     name = str(source.directory)
-    original = _load(AutoModelForCausalLM, source.directory, truncate(source.config, num_layers), name, dtype=dtype)
+    original = load_model(
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)],
+        truncate(source.config, num_layers),
+        name,
+        source.directory,
+        dtype,
+    )
     expected = _logits(original, sequences)
     del original
 
     truncated = copy.deepcopy(config)
     truncated.backbone_config = truncate(config.backbone_config, num_layers)
     truncated.block_size = min(config.block_size, truncated.num_sublayers)
-    result = _load(AttnResForCausalLM, converted, truncated, name, dtype=dtype)
+    result = load_model(AttnResForCausalLM, truncated, name, converted, dtype)
     actual = _logits(result, sequences)
     pairs = list(zip(expected, actual))
     return Verification(
@@ -146,7 +154,7 @@ def _compare_in(dtype: torch.dtype, source: Source, converted: Path, config: Att
         dtype=str(dtype).removeprefix("torch."),
         tokens_from=tokens_from,
         sequences=len(sequences),
-        tokens=sum(ids.shape[1] for ids in sequences),
+        tokens=sum(len(ids) for ids in sequences),
         largest_logit=max(logits.abs().max().item() for logits in expected),
         largest_logit_difference=max((a - b).abs().max().item() for a, b in pairs),
         greedy_agreement=torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs]).float().mean().item(),
@@ -154,18 +162,25 @@ def _compare_in(dtype: torch.dtype, source: Source, converted: Path, config: Att
 
 
 def _logits(model: PreTrainedModel, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of all sequences in one forward: what pads a sequence on the right, a causal model does not see."""
+    input_ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     try:
-        return [model(input_ids=ids).logits[0] for ids in sequences]
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    except AttnResError:
+        raise
     except Exception as error:  # a configuration that can be loaded need not be one that can be run
         raise ConversionError(f"{model.config.model_type} model cannot be run: {error}") from error
+    return [row[: len(ids)] for row, ids in zip(logits, sequences)]
 
 
 def truncate(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
     """The same decoder with its first `num_layers` layers only."""
     config = copy.deepcopy(config)
-    for name in ("layer_types", "mlp_layer_types"):
-        if isinstance(layer_types := getattr(config, name, None), list):
-            setattr(config, name, layer_types[:num_layers])
+    if num_layers == config.num_hidden_layers:
+        return config
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:  # one entry for each layer
+            setattr(config, name, value[:num_layers])
     config.num_hidden_layers = num_layers
     return config
 
@@ -174,17 +189,17 @@ def _sample_layers(config: AttnResConfig) -> int:
     """Two whole blocks and the start of a third, and at least one layer of each kind."""
     sublayers_per_layer = config.num_sublayers // config.num_hidden_layers
     with torch.device("meta"):
-        layers: Any = AttnResForCausalLM(copy.deepcopy(config)).backbone.base_model.layers
+        layers = layers_of(AttnResForCausalLM(copy.deepcopy(config)))
     kinds = [tuple(type(child) for child in layer.children()) for layer in layers]
     return max([-(-(2 * config.block_size + 1) // sublayers_per_layer), *(kinds.index(kind) + 1 for kind in kinds)])
 
 
-def _fits(source: Source, dtype: torch.dtype) -> bool:
-    return dtype.itemsize * source.num_parameters <= psutil.virtual_memory().available
+def _fits(source: Source, dtype: torch.dtype, mode: str) -> bool:
+    return needed_memory(source, dtype, layer_by_layer=mode == "sample") <= available_memory()
 
 
 def _token_sequences(source: Source) -> tuple[str, list[torch.Tensor]]:
-    """Where the tokens are from, and the sequences, each `[1, tokens]`: real text if there is a tokenizer for it."""
+    """Where the tokens are from, and the sequences, each `[tokens]`: real text if there is a tokenizer for it."""
     vocab_size = source.config.vocab_size
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False)
@@ -196,62 +211,14 @@ def _token_sequences(source: Source) -> tuple[str, list[torch.Tensor]]:
             raise ConversionError(
                 f"the tokenizer of {source.directory} gives token {largest}, config.json says vocab_size={vocab_size}."
             )
-        return "text", [torch.tensor([sequence]) for sequence in ids]
+        return "text", [torch.tensor(sequence) for sequence in ids]
     generator = torch.Generator().manual_seed(0)
-    return "a random generator", list(torch.randint(vocab_size, (len(TEXTS), 1, MAX_TOKENS), generator=generator))
+    return "a random generator", list(torch.randint(vocab_size, (len(TEXTS), MAX_TOKENS), generator=generator))
 
 
 def _check_depth_tensors(converted: Path, config: AttnResConfig) -> None:
-    with safe_open(converted / "model-attnres.safetensors", framework="pt") as file:
+    with safe_open(converted / DEPTH_SHARD, framework="pt") as file:
         query, key_norm = (file.get_tensor(DEPTH_PREFIX + name) for name in ("query", "key_norm"))
     shape = (config.num_reads, config.hidden_size)
     if query.shape != shape or key_norm.shape != shape or query.any() or not (key_norm == 1).all():
         raise VerificationError(f"{converted}: the depth tensors are not zeros and ones of shape {shape}.")
-
-
-def _load(
-    model_class: Any,
-    directory: Path,
-    config: PreTrainedConfig,
-    name: str,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    as_stored: bool = False,
-) -> PreTrainedModel:
-    """Loads a model that must find every tensor it asks for. With `as_stored`, tensors of a quantiser that is not asked
-    may take the place of a module's own."""
-    is_dequantized = device != "meta" and formats.quantization_method(config) in formats.DEQUANTIZED
-    if is_dequantized:
-        config = formats.dequantized_while_loading(config)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a truncated model finds tensors it has no use for, and fewer reads
-    try:
-        model, info = model_class.from_pretrained(
-            directory,
-            config=config,
-            dtype="auto" if is_dequantized else dtype,
-            device_map=device,
-            experts_implementation="eager" if dtype == torch.float64 else None,  # the others have no float64
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except Exception as error:  # whatever a model's constructor makes of a configuration that it did not expect
-        raise ConversionError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    missing = sorted(info["missing_keys"])
-    mismatched = sorted(str(key) for key, *_ in info["mismatched_keys"] if DEPTH_PREFIX not in key)
-    # Tensors that no module takes, in modules that take tensors.
-    if stray := formats.modules_of(model, info["unexpected_keys"]):
-        if formats.quantization_method(config) is not None:
-            raise ConversionError(
-                f"{name} holds quantised weights for {min(stray)!r}, which quantization_config does not quantise."
-            )
-        if as_stored:
-            missing = [key for key in missing if key.rpartition(".")[0] not in stray]
-            mismatched = [key for key in mismatched if key.rpartition(".")[0] not in stray]
-    if missing:
-        raise ConversionError(f"{name} lacks {len(missing)} tensors its config asks for, first {missing[0]!r}.")
-    if mismatched:
-        raise ConversionError(f"{name}: tensors whose shapes contradict config.json, first {mismatched[0]}.")
-    return (formats.dequantized(model, dtype) if is_dequantized else model).eval()

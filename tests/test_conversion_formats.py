@@ -540,7 +540,7 @@ BAD_PICKLES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no dict", lambda path: torch.save([torch.ones(2)], path), "holds a list"),
     ("a state dict in another", lambda path: torch.save({"model": {"a": torch.ones(2)}}, path), "'model' is a dict"),
     ("sparse", lambda path: torch.save({"a": torch.ones(2, 2).to_sparse()}, path), "dense tensor was expected"),
-    ("another model", lambda path: torch.save({"a": torch.ones(2)}, path), "lacks"),
+    ("another model", lambda path: torch.save({"a": torch.ones(2)}, path), "only 1 tensors"),
 ]
 
 

@@ -1,0 +1,207 @@
+"""Loading models to verify a conversion: whole, layer by layer, or only the names and shapes of their tensors."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..modeling_attnres import AttnResForCausalLM, decoder_layers
+from . import formats
+from .errors import ConversionError
+from .source import DEPTH_PREFIX, DTYPES, Source, read_header, read_index
+
+
+def load(
+    model_class: Any,
+    config: PreTrainedConfig,
+    name: str,
+    source: Path | dict[str, torch.Tensor],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    stored_dtype: torch.dtype | None = None,
+    as_stored: bool = False,
+) -> PreTrainedModel:
+    """Loads a model in evaluation mode and checks that nothing was missing. Quantised weights are dequantised, if that
+    is the same on every machine.
+
+    Args:
+        model_class: of the model, no Auto class.
+        config (`PreTrainedConfig`): of the model; it may have fewer layers than the checkpoint.
+        name (`str`): what errors call the checkpoint.
+        source (`Path` or `dict[str, torch.Tensor]`): directory of the checkpoint, or tensors by their names there.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the model.
+        device (`str`, *optional*, defaults to `"cpu"`): of the model.
+        stored_dtype (`torch.dtype`, *optional*): to load in before converting to `dtype`, for less memory.
+        as_stored (`bool`, *optional*, defaults to `False`):
+            Tensors of a quantiser that is not asked may take the place of a module's own.
+
+    Raises:
+        ConversionError: the model cannot be made, or tensors are missing or have other shapes than it needs.
+    """
+    is_dequantized = device != "meta" and formats.quantization_method(config) in formats.DEQUANTIZED
+    if is_dequantized:
+        config = formats.dequantized_while_loading(config)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a truncated model finds tensors it has no use for, and fewer reads
+    is_directory = isinstance(source, Path)
+    try:
+        model, info = model_class.from_pretrained(
+            source if is_directory else None,
+            state_dict=None if is_directory else source,
+            config=config,
+            dtype="auto" if is_dequantized else stored_dtype or dtype,
+            device_map=device,
+            experts_implementation="eager" if dtype == torch.float64 else None,  # the others have no float64
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:  # whatever a model's constructor makes of a configuration that it did not expect
+        raise ConversionError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(str(key) for key, *_ in info["mismatched_keys"] if DEPTH_PREFIX not in key)
+    # Tensors that no module takes, in modules that take tensors.
+    if stray := formats.modules_of(model, info["unexpected_keys"]):
+        if formats.quantization_method(config) is not None:
+            raise ConversionError(
+                f"{name} holds quantised weights for {min(stray)!r}, which quantization_config does not quantise."
+            )
+        if as_stored:
+            missing = [key for key in missing if key.rpartition(".")[0] not in stray]
+            mismatched = [key for key in mismatched if key.rpartition(".")[0] not in stray]
+    if missing:
+        raise ConversionError(f"{name} lacks {len(missing)} tensors its config asks for, first {missing[0]!r}.")
+    if mismatched:
+        raise ConversionError(f"{name}: tensors whose shapes contradict config.json, first {mismatched[0]}.")
+    if is_dequantized:
+        return formats.dequantized(model, dtype).eval()
+    return nn.Module.to(model, dtype).eval() if stored_dtype else model.eval()
+
+
+def meta_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by their names, on the meta device: what the headers say, and no data."""
+    return {
+        name: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
+        for shard in read_index(directory)[0]
+        for name, info in read_header(directory / shard).items()
+    }
+
+
+def load_layer_by_layer(
+    model_class: Any, config: PreTrainedConfig, name: str, directory: Path, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Loads a model whose decoder layers are in memory, and read from disk, only while they run.
+
+    So memory is bounded by what lies outside the layers and the largest of them, whatever the size of the model. Each
+    forward loads each layer anew. Arguments and errors are those of [`load`].
+    """
+
+    def load_part(index: int | None) -> Any:
+        return load(_with_only(model_class, index), config, name, directory, dtype, stored_dtype=_stored_dtype(config))
+
+    def run_layer(index: int, *args: Any, **kwargs: Any) -> Any:
+        model = load_part(index)
+        output = layers_of(model)[index].forward(*args, **kwargs)
+        nn.Module.to(model, "meta")  # frees the weights now, whatever still refers to the model
+        return output
+
+    model = load_part(None)
+    for index, layer in enumerate(layers_of(model)):
+        layer.forward = partial(run_layer, index)
+    return model
+
+
+def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def _with_only(model_class: Any, index: int | None) -> Any:
+    """The same class, with no modules but the decoder layer of that index; without one, all but those in layers."""
+
+    class Part(model_class):
+        def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            layers = layers_of(self)
+            if index is None:
+                for layer in layers:
+                    _empty(layer)
+                return
+            path = next(path for path, module in self.named_modules() if module is layers)
+            module: Any = self
+            for child in (*path.split("."), str(index)):
+                _empty(module, keep=child)
+                module = getattr(module, child)
+            self.all_tied_weights_keys: dict[str, str] = {}  # nothing is left that could share weights
+
+    for attribute in ("__name__", "__qualname__", "__module__"):  # by which renamings of tensors are found
+        setattr(Part, attribute, getattr(model_class, attribute))
+    return Part
+
+
+def _empty(module: nn.Module, keep: str | None = None) -> None:
+    for name, _ in list(module.named_children()):
+        if name != keep:
+            setattr(module, name, nn.Identity())
+
+
+def layers_of(model: Any) -> Any:
+    return decoder_layers(model.backbone if isinstance(model, AttnResForCausalLM) else model)
+
+
+def layer_number(tensor: str) -> int | None:
+    """The decoder layer that a tensor belongs to: the first number in its name."""
+    number = re.search(r"\.(\d+)\.", tensor)
+    return int(number[1]) if number else None
+
+
+def needed_memory(source: Source, dtype: torch.dtype, layer_by_layer: bool) -> int:
+    """Bytes of the parameters that are in memory at once."""
+    if not layer_by_layer:
+        return dtype.itemsize * source.num_parameters
+    sizes: Counter[int | None] = Counter()
+    for name, info in source.infos.items():
+        sizes[layer_number(name)] += info.num_elements
+    outside = sizes.pop(None, 0)
+    stored = _stored_dtype(source.config).itemsize
+    # While experts are merged there are two and a half copies of them, later one of each dtype.
+    return outside * dtype.itemsize + max(sizes.values(), default=0) * max(5 * stored // 2, stored + dtype.itemsize)
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of free memory: of the machine, or of a control group (v1 or v2) that holds this process, if that is less.
+
+    What a group's page cache takes counts as free, as it does for the machine.
+    """
+    available = psutil.virtual_memory().available
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, controllers, name = line.split(":", 2)
+        if not controllers:
+            mount, limit_name, usage_name, cache_name = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            mount, limit_name, usage_name, cache_name = (
+                "sys/fs/cgroup/memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+        else:
+            continue
+        group = Path(name.lstrip("/"))
+        for parent in (group, *group.parents):  # each may have a limit; in a container, only the last is to be seen
+            directory = root / mount / parent
+            if (directory / limit_name).is_file() and (limit := (directory / limit_name).read_text().strip()) != "max":
+                stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+                used = int((directory / usage_name).read_text()) - int(stat.get(cache_name, 0))
+                available = min(available, max(0, int(limit) - used))
+    return available
