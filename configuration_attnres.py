@@ -184,6 +184,11 @@ class AttnResConfig(PreTrainedConfig):
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1:
             raise AttnResConfigError(f"key_norm_eps={eps!r} is not allowed; it must be a number between 0 and 1.")
 
+    def validate(self) -> None:
+        """Of its own fields each configuration is the judge."""
+        self.validate_depth_attention()
+        self.backbone_config.validate()
+
     # -- what generic code reads answers from the backbone -------------------------------------------------------------
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
@@ -208,7 +213,7 @@ class AttnResConfig(PreTrainedConfig):
         return output
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        self.validate_depth_attention()
+        self.validate()  # before anything is written
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -309,6 +309,12 @@ class AttnResPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True  # the library looks for experts in the source of this module; they are the backbone's
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Of custom code the library leaves modules without parameters of their own uninitialised, and it would hold
+        # that against the backbone, which sets buffers in such modules (Falcon-H1's multipliers).
+        return False
+
     @property
     def _can_compile_fullgraph(self) -> bool:  # type: ignore[override]
         return self.backbone._can_compile_fullgraph
@@ -499,12 +505,16 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         )
 
 
-# On disk the backbone's tensors bear the backbone's own names.
+# On disk the backbone's tensors bear the backbone's own names, which may begin with `backbone.` too (Nemotron-H's do);
+# a name that goes on with a child of a model with a head has its prefix already.
+CHILDREN = ("biogpt", "decoder", "gpt_neox", "lm_head", "model", "output_projection", "transformer")
+PREFIXED = "".join(rf"(?!backbone\.{child}\.)" for child in CHILDREN)
 register_checkpoint_conversion_mapping(
     "AttnResForCausalLM",
-    [WeightRenaming(r"^(?!backbone\.|depth_attention\.)(.+)", r"backbone\.\1")],
+    [WeightRenaming(rf"^(?!depth_attention\.){PREFIXED}(.+)", r"backbone\.\1")],
     overwrite=True,
 )
+
 AttnResModel.register_for_auto_class("AutoModel")
 AttnResForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 if IS_INSTALLED:

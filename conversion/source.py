@@ -56,10 +56,12 @@ DEPTH_PREFIX = "depth_attention."
 DEPTH_SHARD = "model-attnres.safetensors"
 
 # What a file may claim: bytes of an index, a header or a companion (indices of the largest models have some 20 MB),
-# decoder layers, and dimensions of a tensor (as many as torch has).
+# decoder layers, dimensions of a tensor (as many as torch has), and sizes in the configuration that no tensor has (of
+# parts that are switched off).
 MAX_FILE_BYTES = 64 * 2**20
 MAX_LAYERS = 10_000
 MAX_DIMENSIONS = 64
+MAX_UNUSED = 2**15
 
 # By their names in safetensors; complex and scale dtypes are ones that Transformers loads but does not list.
 DTYPES = {**str_to_torch_dtype, "C64": torch.complex64, "F8_E8M0": torch.float8_e8m0fnu}
@@ -243,7 +245,7 @@ def _check_num_layers(config_file: Path, config_dict: dict[str, Any]) -> None:
 
 
 def check_sizes(directory: Path, config: PreTrainedConfig, infos: dict[str, TensorInfo]) -> None:
-    """Refuses sizes that no tensor has, before a model of these sizes is made."""
+    """Refuses sizes far beyond those of the tensors, before a model of these sizes is made."""
     config_file = directory / "config.json"
     if config.num_hidden_layers > len(infos):
         raise ConversionError(
@@ -251,11 +253,11 @@ def check_sizes(directory: Path, config: PreTrainedConfig, infos: dict[str, Tens
         )
     if not any(config.hidden_size in info.shape for info in infos.values()):
         raise ConversionError(f"{config_file}: hidden_size={_repr(config.hidden_size)}, but no tensor has that size.")
-    largest = max(max(info.shape, default=0) for info in infos.values())
+    largest = max(MAX_UNUSED, *(max(info.shape, default=0) for info in infos.values()))
     for field, value in config.to_dict().items():
         if (field.startswith("num_") or field.endswith("_dim")) and isinstance(value, int) and value > largest:
             raise ConversionError(
-                f"{config_file}: {field}={_repr(value)}, but the largest size of a tensor is {largest}."
+                f"{config_file}: {field}={_repr(value)}; with these tensors at most {largest} makes sense."
             )
 
 

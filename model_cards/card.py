@@ -99,8 +99,8 @@ def build_card(
             f"{directory / 'config.json'}: model_type={config.get('model_type')!r}; an AttnRes checkpoint was expected."
         )
     try:
-        depth = AttnResConfig.from_dict(config)
-    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        depth = AttnResConfig.from_pretrained(directory)
+    except (OSError, TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CardError(f"{directory / 'config.json'} makes no configuration: {error}") from error
     name = name or (repo_id or directory.resolve().name).split("/")[-1]
     metadata = dict(inherited or {})
