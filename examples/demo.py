@@ -95,7 +95,7 @@ def run(output: Path, console: Console, max_new_tokens: int = 48) -> Path:
         "python -c \"from transformers import pipeline; print(pipeline('text-generation', "
         "'Qwen3-0.6B-AttnRes', trust_remote_code=True)('Attention over depth'))\"",
         "attnres eval Qwen3-0.6B-AttnRes --baseline Qwen/Qwen3-0.6B --tasks core",
-        "hf upload YOUR-NAME/Qwen3-0.6B-AttnRes Qwen3-0.6B-AttnRes",
+        "attnres push Qwen3-0.6B-AttnRes YOUR-NAME/Qwen3-0.6B-AttnRes",
     )
     console.print(
         Panel(escape("\n".join(commands)), title="For your own checkpoint: convert, generate, evaluate, share")
