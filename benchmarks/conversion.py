@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -92,13 +91,19 @@ def make_sparse_checkpoint(config: PreTrainedConfig, directory: Path) -> int:
     return sum(sizes)
 
 
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far; `getrusage` would count that of its parent before the fork."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM"].split()[0])
+
+
 def measure(source: Path, verify: str, block_size: int | None) -> dict[str, Any]:
     """Converts in this process; returns what the conversion reported, its seconds, and the peak memory in bytes."""
     started = time.perf_counter()
     report = convert(source, source.with_name("converted"), block_size=block_size, verify=verify, overwrite=True)
     return {
         "seconds": time.perf_counter() - started,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_bytes": peak_bytes(),
         "linked": report.bytes_linked,
         "copied": report.bytes_copied,
         "written": report.bytes_written,

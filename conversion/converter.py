@@ -156,7 +156,7 @@ def convert(
         **depth,
     )
 
-    with _staging(target) as stage:
+    with staging(target) as stage:
         linked = copied = written = 0
         if checkpoint.pickles:
             checkpoint, written = _rewrite_pickles(checkpoint, stage)
@@ -165,7 +165,7 @@ def convert(
         config.dtype = dtype = formats.depth_dtype(checkpoint.config, checkpoint.num_elements)
         written += _write_depth_shard(config, dtype, stage)
         _write_index(checkpoint, config, stage)
-        _write_config_and_code(config, stage)
+        write_config_and_code(config, stage)
         for name in checkpoint.companions:
             (stage / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(checkpoint.directory / name, stage / name)
@@ -192,7 +192,7 @@ def convert(
         (stage / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
         card = build_card(stage, name=target.name, inherited=inherited_metadata(checkpoint.directory))
         (stage / CARD).write_text(str(card), encoding="utf-8")
-        _deliver(stage, target, overwrite)
+        deliver(stage, target, overwrite)
     return report
 
 
@@ -251,7 +251,7 @@ def _check_apart(source: Source, target: Path) -> None:
 
 
 @contextmanager
-def _staging(target: Path) -> Iterator[Path]:
+def staging(target: Path) -> Iterator[Path]:
     """A directory beside the destination, on the same file system, that is gone afterwards unless delivered.
 
     It is locked while in use; making one, and clearing up after conversions that were killed, happens under a lock on
@@ -391,14 +391,14 @@ def _write_index(source: Source, config: AttnResConfig, stage: Path) -> None:
     (stage / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_config_and_code(config: AttnResConfig, stage: Path) -> None:
+def write_config_and_code(config: AttnResConfig, stage: Path) -> None:
     config.save_pretrained(stage)
     code = modeling_attnres.__file__
     for path in {code, *get_relative_import_files(code)}:
         shutil.copyfile(path, stage / Path(path).name)
 
 
-def _deliver(stage: Path, target: Path, overwrite: bool) -> None:
+def deliver(stage: Path, target: Path, overwrite: bool) -> None:
     """Puts the finished directory in its place; what it replaces is removed only afterwards, and comes back if that
     fails."""
     stage.chmod(0o777 & ~_umask())  # temporary directories are private

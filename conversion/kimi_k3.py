@@ -30,13 +30,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..configuration_attnres import AttnResConfig, AttnResError
 from ..depth_attention import DepthAttention, DepthSettings
 from ..modeling_attnres import AttnResForCausalLM
-from .converter import _deliver, _staging, _write_config_and_code
+from .converter import deliver, staging, write_config_and_code
 from .errors import ConversionError
+from .loading import load, meta_tensors
 from .source import DEPTH_PREFIX, DEPTH_SHARD, TensorInfo, find_companions, read_headers, read_index, read_json
 
 MODEL_TYPE = "kimi_k3"
@@ -142,7 +143,7 @@ def export_checkpoint(source: str | os.PathLike, destination: str | os.PathLike)
     target = _check_target(checkpoint, destination)
     config = _make_config(checkpoint, checkpoint.settings)
     settings = _k3_settings(checkpoint, config)
-    _check_tensors(checkpoint.directory, config, checkpoint)
+    _check_tensors(checkpoint.directory, config, checkpoint.directory)
     old_names: dict[str, str] = {}
     for name in checkpoint.tensors:
         if name.startswith(DEPTH_PREFIX):
@@ -158,11 +159,11 @@ def export_checkpoint(source: str | os.PathLike, destination: str | os.PathLike)
     parameters = {name: _read_tensor(checkpoint, DEPTH_PREFIX + name) for name in depth_attention.state_dict()}
     depth_attention.load_state_dict(parameters, assign=True)
 
-    with _staging(target) as stage:
+    with staging(target) as stage:
         _write_tensors(checkpoint, old_names, depth_tensors(depth_attention), stage)
         (stage / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _copy_companions(checkpoint, stage)
-        _deliver(stage, target, overwrite=False)
+        deliver(stage, target, overwrite=False)
 
 
 def import_checkpoint(source: str | os.PathLike, destination: str | os.PathLike) -> None:
@@ -194,12 +195,12 @@ def import_checkpoint(source: str | os.PathLike, destination: str | os.PathLike)
         if not name.endswith(DEPTH_SUFFIXES):
             old_names[name.removeprefix(PREFIX)] = name
 
-    with _staging(target) as stage:
+    with staging(target) as stage:
         _write_tensors(checkpoint, old_names, {DEPTH_PREFIX + name: tensor for name, tensor in depth.items()}, stage)
-        _write_config_and_code(config, stage)
+        write_config_and_code(config, stage)
         _copy_companions(checkpoint, stage)
-        _check_tensors(stage, config, checkpoint)
-        _deliver(stage, target, overwrite=False)
+        _check_tensors(stage, config, checkpoint.directory)
+        deliver(stage, target, overwrite=False)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -465,28 +466,7 @@ def _copy_companions(checkpoint: Checkpoint, stage: Path) -> None:
         shutil.copyfile(checkpoint.directory / name, stage / name)
 
 
-def _check_tensors(directory: Path, config: AttnResConfig, checkpoint: Checkpoint) -> None:
-    """Checks that the tensors in `directory` are exactly those that the configuration asks for, without loading one."""
-    model_class: Any = AttnResForCausalLM
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        _, info = model_class.from_pretrained(
-            directory,
-            config=copy.deepcopy(config),
-            device_map="meta",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except Exception as error:  # whatever a model's constructor makes of a configuration that it did not expect
-        raise ConversionError(f"{checkpoint.directory} cannot be loaded: {type(error).__name__}: {error}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    for kind, what in (
-        ("missing_keys", "lacks tensors that config.json asks for"),
-        ("unexpected_keys", "has tensors that config.json does not ask for"),
-        ("mismatched_keys", "has tensors whose shapes contradict config.json"),
-    ):
-        if names := sorted(map(str, info[kind])):
-            first = names[0].removeprefix("backbone.")
-            raise ConversionError(f"{checkpoint.directory} {what}: {len(names)}, first {first}.")
+def _check_tensors(directory: Path, config: AttnResConfig, name: Path) -> None:
+    """Checks that the tensors in `directory` are exactly those that the configuration asks for; reads headers only."""
+    config = copy.deepcopy(config)
+    load(AttnResForCausalLM, config, str(name), meta_tensors(directory), device="meta", is_exact=True)

@@ -29,6 +29,7 @@ def load(
     device: str = "cpu",
     stored_dtype: torch.dtype | None = None,
     as_stored: bool = False,
+    is_exact: bool = False,
 ) -> PreTrainedModel:
     """Loads a model in evaluation mode and checks that nothing was missing. Quantised weights are dequantised, if that
     is the same on every machine.
@@ -43,9 +44,10 @@ def load(
         stored_dtype (`torch.dtype`, *optional*): to load in before converting to `dtype`, for less memory.
         as_stored (`bool`, *optional*, defaults to `False`):
             Tensors of a quantiser that is not asked may take the place of a module's own.
+        is_exact (`bool`, *optional*, defaults to `False`): there may be no tensors that the model does not ask for.
 
     Raises:
-        ConversionError: the model cannot be made, or tensors are missing or have other shapes than it needs.
+        ConversionError: the model cannot be made, or tensors are missing, too many, or of other shapes than it needs.
     """
     is_dequantized = device != "meta" and formats.quantization_method(config) in formats.DEQUANTIZED
     if is_dequantized:
@@ -69,7 +71,11 @@ def load(
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(info["missing_keys"])
-    mismatched = sorted(str(key) for key, *_ in info["mismatched_keys"] if DEPTH_PREFIX not in key)
+    mismatched = sorted(str(key) for key, *_ in info["mismatched_keys"] if is_exact or DEPTH_PREFIX not in key)
+    if is_exact and (unexpected := sorted(info["unexpected_keys"])):
+        raise ConversionError(
+            f"{name} has {len(unexpected)} tensors its config does not ask for, first {unexpected[0]!r}."
+        )
     # Tensors that no module takes, in modules that take tensors.
     if stray := formats.modules_of(model, info["unexpected_keys"]):
         if formats.quantization_method(config) is not None:

@@ -19,7 +19,7 @@ from checkpoints import make_source, snapshot
 from attnres import AttnResForCausalLM, cli, convert
 from attnres.conversion import ConversionError, converter
 
-STEPS = ("_write_depth_shard", "_link_shards", "_write_index", "_write_config_and_code", "check_complete", "compare")
+STEPS = ("_write_depth_shard", "_link_shards", "_write_index", "write_config_and_code", "check_complete", "compare")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def before_step(step: str, happens: Callable[[], Any], monkeypatch: pytest.Monke
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [*STEPS, "_deliver"])
+@pytest.mark.parametrize("step", [*STEPS, "deliver"])
 def test_a_conversion_that_fails_leaves_nothing(source: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise OSError(errno.EIO, "Input/output error")

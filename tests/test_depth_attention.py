@@ -87,8 +87,9 @@ def test_autocast_does_not_reach_depth_attention(implementation: str) -> None:
 def test_chunks_cover_every_token(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward are the same whatever the chunk size."""
     generator = torch.Generator().manual_seed(0)
-    sources = [torch.randn(1, num_tokens, HIDDEN, generator=generator, requires_grad=True) for _ in range(4)]
-    query = torch.randn(9, HIDDEN, generator=generator, requires_grad=True)
+    options = dict(generator=generator, dtype=torch.float64, requires_grad=True)
+    sources = [torch.randn(1, num_tokens, HIDDEN, **options) for _ in range(4)]
+    query = torch.randn(9, HIDDEN, **options)
     config = make_config(3, mix="sum", depth_attention_implementation="two_phase")
     results = []
     for size in (2**19, 5 * HIDDEN):
@@ -96,7 +97,7 @@ def test_chunks_cover_every_token(num_tokens: int, monkeypatch: pytest.MonkeyPat
         hidden_states, _ = read_at(query, tuple(sources), 8, config)
         results.append((hidden_states, *torch.autograd.grad(hidden_states.square().sum(), [query, *sources])))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
 def test_state_survives_flattening() -> None:

@@ -484,9 +484,9 @@ BAD_DECODER: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "unknown tensor",
         edit_tensors(lambda ts: ts.update({"language_model.model.layers.3.self_attn.g_proj.weight": torch.ones(2)})),
-        "tensors that config.json does not ask for: 1, first model.layers.3.self_attn.g_proj",
+        "has 1 tensors its config does not ask for, first .*model.layers.3.self_attn.g_proj",
     ),
-    ("tensor missing", edit_tensors(lambda ts: ts.pop("language_model.model.norm.weight")), "lacks tensors .*norm"),
+    ("tensor missing", edit_tensors(lambda ts: ts.pop("language_model.model.norm.weight")), "lacks 1 tensors .*norm"),
     ("other shapes", edit_config("text_config", intermediate_size=64), "shapes contradict"),
     (
         "layers that are not there",
@@ -518,17 +518,17 @@ BAD_EXPORT: list[tuple[str, Callable[[Path], None], str]] = [
     ("quantised", edit_config(quantization_config={"quant_method": "fp8"}), "quantised weights"),
     ("no configuration", edit_config("backbone_config", layer_types=3), "backbone_config"),
     ("block size", edit_config(block_size="4"), "block_size='4'"),
-    ("no depth", edit_tensors(lambda ts: ts.pop("depth_attention.query")), "lacks tensors .*depth_attention.query"),
+    ("no depth", edit_tensors(lambda ts: ts.pop("depth_attention.query")), "lacks 1 tensors .*depth_attention.query"),
     (
         "wrong depth",
         edit_tensors(lambda ts: ts.update({"depth_attention.query": torch.ones(3, 32)})),
         "shapes contradict",
     ),
-    ("expert missing", edit_tensors(lambda ts: ts.pop(EXPERT)), "cannot be loaded|lacks tensors|shapes contradict"),
+    ("expert missing", edit_tensors(lambda ts: ts.pop(EXPERT)), "cannot be loaded|lacks .* tensors|shapes contradict"),
     (
         "unknown tensor",
         edit_tensors(lambda ts: ts.update({"model.extra": torch.ones(2)})),
-        "not ask for: 1, first model",
+        "has 1 tensors its config does not ask for, first .*model.extra",
     ),
     (
         "one tensor under two names",
@@ -592,7 +592,7 @@ def test_tensors_as_they_are_in_memory_have_no_k3_name(attnres_checkpoint: Path,
 
 def test_headless_model(attnres_checkpoint: Path, tmp_path: Path) -> None:
     AttnResModel.from_pretrained(attnres_checkpoint).save_pretrained(tmp_path / "source")
-    with pytest.raises(AttnResError, match="lacks tensors .*lm_head"):
+    with pytest.raises(AttnResError, match="lacks 1 tensors .*lm_head"):
         kimi_k3.export_checkpoint(tmp_path / "source", tmp_path / "destination")
 
 

@@ -250,7 +250,7 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [
         "x.zip is an archive that cannot be read",
     ),
     ("named pipe", lambda c: os.mkfifo(c / "pipe"), "pipe is neither a file nor a directory"),
-    ("no config", lambda c: (c / "config.json").unlink(), "config.json is not readable"),
+    ("no config", lambda c: (c / "config.json").unlink(), "config.json cannot be read"),
     ("other model", edit_json("config.json", lambda v: v.update(model_type="llama")), "model_type='llama'"),
     ("no code", lambda c: (c / "modeling_attnres.py").unlink(), "modeling_attnres.py, which is not there"),
     (
