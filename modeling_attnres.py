@@ -23,12 +23,14 @@ that each sublayer reads its input from depth and writes its output to depth, wh
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -166,6 +168,10 @@ def read_streams(module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[s
     return args, {name: arg.read() if isinstance(arg, ResidualStream) else arg for name, arg in kwargs.items()}
 
 
+def flatten_tuples(value: Any) -> tuple[list[Any], Any]:
+    return tree_flatten(value, is_leaf=lambda part: not isinstance(part, tuple))
+
+
 class AttnResDecoderLayer(GradientCheckpointingLayer):
     """A decoder layer of the backbone whose own forward, unchanged, runs on a [`ResidualStream`].
 
@@ -181,31 +187,35 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
     num_sublayers: int
     first_sublayer: int
     next_sublayer: int
-    argument_names: tuple[str, ...]
+    input_name: str
+    checkpoint_function: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs |= zip(self.argument_names, args)
-        hidden_states = kwargs.pop(self.argument_names[0])
+        hidden_states, *others = args or (kwargs.pop(self.input_name),)
         depth_query = kwargs.pop("depth_query", None)
         if depth_query is None:
             raise AttnResError(
                 f"{type(self).__name__} with sublayer {self.first_sublayer} was called outside of an AttnResModel or "
                 "AttnResForCausalLM; call the model, or its `backbone` through it."
             )
-        # Tensors that need gradients travel as positional arguments, which re-entrant checkpointing asks for.
-        state = (hidden_states,) if isinstance(hidden_states, torch.Tensor) else tuple(hidden_states)
-        return super().__call__(*state, depth_query, **kwargs)
+        # What needs gradients stays a positional argument, which re-entrant checkpointing asks for.
+        return super().__call__(hidden_states, depth_query, *others, **kwargs)
 
     def forward(
-        self, *state_and_query: torch.Tensor, depth_recorder: DepthRecorder | None = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor | tuple[torch.Tensor, ...],
+        depth_query: torch.Tensor,
+        *args: Any,
+        depth_recorder: DepthRecorder | None = None,
+        **kwargs: Any,
     ) -> Any:
-        *tensors, depth_query = state_and_query
-        state = DepthState.unflatten(tuple(tensors), self.first_sublayer, self.depth_settings.block_size)
+        tensors = (hidden_states,) if isinstance(hidden_states, torch.Tensor) else tuple(hidden_states)
+        state = DepthState.unflatten(tensors, self.first_sublayer, self.depth_settings.block_size)
         entering = ResidualStream(self, depth_query, depth_recorder, state, self.first_sublayer)
         if depth_recorder is not None:
             depth_recorder.hidden_states.append(entering.read())
 
-        outputs = super().forward(entering, **kwargs)
+        outputs = super().forward(entering, *args, **kwargs)
 
         leaving = outputs[0] if isinstance(outputs, tuple) else outputs
         if self.structure.replaces_stream and isinstance(leaving, torch.Tensor):
@@ -220,6 +230,28 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             )
         hidden_states = leaving.read() if leaving.num_written == self.num_sublayers else state.flatten()
         return (hidden_states, *outputs[1:]) if isinstance(outputs, tuple) else hidden_states
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
+        return self.checkpoint
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
+        self.checkpoint_function = function
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Re-entrant checkpointing gives gradients only to tensors that are arguments or results themselves, so tuples
+        are taken apart around it."""
+        leaves, structure = flatten_tuples(args)
+        structures = []
+
+        def run(*leaves: Any) -> tuple[Any, ...]:
+            outputs, structure_of_outputs = flatten_tuples(function(*tree_unflatten(leaves, structure)))
+            structures.append(structure_of_outputs)
+            return tuple(outputs)
+
+        outputs = self.checkpoint_function(run, *leaves)
+        return tree_unflatten(outputs, structures[0])
 
     def extra_repr(self) -> str:
         return f"(reads): {self.first_sublayer}-{self.next_sublayer - 1}"
@@ -265,7 +297,7 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
         layer.num_sublayers = config.num_sublayers
         layer.first_sublayer = index * sublayers
         layer.next_sublayer = (index + 1) * sublayers
-        layer.argument_names = tuple(inspect.signature(layer_class.forward).parameters)[1:]
+        layer.input_name = list(inspect.signature(layer_class.forward).parameters)[1]
         for child in layer.children():
             for module in child if isinstance(child, nn.ModuleList) else (child,):
                 module.register_forward_pre_hook(read_streams, with_kwargs=True)

@@ -188,7 +188,9 @@ def test_attention_implementations(implementation: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "kimi_linear"])
+@pytest.mark.parametrize(
+    "family", ["qwen3", "gemma2", "kimi_linear", "bamba", "falcon_h1", "gemma4_text", "glm_moe_dsa", "zaya"]
+)
 def test_gradient_checkpointing_gives_the_same_gradients(family: str, use_reentrant: bool) -> None:
     model = retrofit(tiny_model(family), random_queries=True, block_size=3).train()
     input_ids = random_tokens()
