@@ -24,14 +24,18 @@ def make_config(block_size: int, **kwargs: object) -> AttnResConfig:
     return AttnResConfig(backbone_config=backbone, block_size=block_size, **kwargs)
 
 
-def read_at(query: torch.Tensor, values: tuple[torch.Tensor, ...], num_written: int, config: AttnResConfig) -> tuple:
-    """One read; an implementation with phases has opened the block at the block's first read."""
-    first = num_written - num_written % config.block_size
-    num_sources = 1 + num_written // config.block_size
+def read_at(
+    query: torch.Tensor, values: tuple[torch.Tensor, ...], num_written: int, config: AttnResConfig
+) -> tuple[torch.Tensor, DepthState]:
+    """One read; an implementation with phases has opened the group at the first read of the group."""
     settings = DepthSettings.of(config)
-    hidden_states, state = read(query, DepthState(values[:num_sources]), first, settings)
-    if num_written > first:
-        hidden_states, state = read(query, state._replace(partial_sum=values[num_sources]), num_written, settings)
+    state = DepthState(values[:1])
+    for written in range(num_written + 1):
+        num_sources = 1 + written // config.block_size
+        # Values are finished blocks, so a partial sum is the value of its block from the start.
+        partial_sum = values[num_sources] if written % config.block_size else None
+        state = state._replace(sources=values[:num_sources], partial_sum=partial_sum)
+        hidden_states, state = read(query, state, written, settings)
     return hidden_states, state
 
 
@@ -83,20 +87,22 @@ def test_autocast_does_not_reach_depth_attention(implementation: str) -> None:
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("block_size", [1, 3])
 @pytest.mark.parametrize("num_tokens", [1, 7, 300])
-def test_chunks_cover_every_token(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_cover_every_token(num_tokens: int, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward are the same whatever the chunk size."""
     generator = torch.Generator().manual_seed(0)
-    sources = [torch.randn(1, num_tokens, HIDDEN, generator=generator, requires_grad=True) for _ in range(4)]
-    query = torch.randn(9, HIDDEN, generator=generator, requires_grad=True)
-    config = make_config(3, mix="sum", depth_attention_implementation="two_phase")
+    kwargs = dict(generator=generator, dtype=torch.float64, requires_grad=True)
+    sources = [torch.randn(1, num_tokens, HIDDEN, **kwargs) for _ in range(1 + -(-8 // block_size))]
+    query = torch.randn(9, HIDDEN, **kwargs)
+    config = make_config(block_size, mix="sum", depth_attention_implementation="two_phase")
     results = []
     for size in (2**19, 5 * HIDDEN):
         monkeypatch.setattr(depth_attention, "CHUNK_ELEMENTS", size)
         hidden_states, _ = read_at(query, tuple(sources), 8, config)
         results.append((hidden_states, *torch.autograd.grad(hidden_states.square().sum(), [query, *sources])))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
 
 
 def test_state_survives_flattening() -> None:
