@@ -281,7 +281,8 @@ def needs_grad(*tensors: torch.Tensor) -> bool:
 def inverse_rms(value: torch.Tensor, eps: float) -> torch.Tensor:
     """1 / rms over the last dimension, in the dtype of statistics: `[..., hidden]` to `[...]`."""
     norm = torch.linalg.vector_norm(value, dim=-1, dtype=None if value.dtype.itemsize >= 4 else torch.float32)
-    return norm.square_().div_(value.shape[-1]).add_(eps).rsqrt_()
+    # As few operations as can be: this is run for every token that is decoded, at every read.
+    return torch.full_like(norm, eps).addcmul_(norm, norm, value=1 / value.shape[-1]).rsqrt_()
 
 
 # Tokens are taken in chunks whose float32 copies stay in the caches of a core: what a chunk is asked for repeatedly is
@@ -326,7 +327,8 @@ def phase_one_forward(
     inverse_rms = inverse_rms.flatten(0, -2)
     num_tokens, num_sources = inverse_rms.shape
     slices = chunks(num_tokens, num_sources * hidden)
-    outputs, log_sum_exps = queries.new_empty(num_tokens, reads, hidden), queries.new_empty(num_tokens, reads)
+    if len(slices) > 1:
+        outputs, log_sum_exps = queries.new_empty(num_tokens, reads, hidden), queries.new_empty(num_tokens, reads)
     for chunk in slices:
         values = stacked(sources, chunk)
         _, logits = phase_one_logits(queries, inverse_rms[chunk], values)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import ReferenceModel
+from reference import ReferenceModel, visible
 from reference import read as reference_read
 from tiny import FAMILIES, random_tokens, retrofit, tiny_model
 
@@ -103,6 +103,47 @@ def test_chunks_cover_every_token(num_tokens: int, block_size: int, monkeypatch:
         results.append((hidden_states, *torch.autograd.grad(hidden_states.square().sum(), [query, *sources])))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 5, 12])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 11])
+def test_groups_change_nothing(block_size: int, group_size: int) -> None:
+    """Reads over an odd number of sublayers, and their gradients, whatever the number of reads that phase one serves:
+    groups of several blocks, blocks of several groups, groups and blocks that end at different sublayers."""
+    generator = torch.Generator().manual_seed(0)
+    kwargs = dict(generator=generator, dtype=torch.float64, requires_grad=True)
+    leaves = [torch.randn(2, 5, HIDDEN, **kwargs) for _ in range(12)]
+    queries = torch.randn(12, HIDDEN, **kwargs)
+    expected = [
+        reference_read(visible(leaves[0], leaves[1 : 1 + i], block_size), queries[i], torch.ones(()), "sum", 1e-6)[0]
+        for i in range(12)
+    ]
+    settings = DepthSettings(block_size, "sum", 1e-6, DEPTH_ATTENTION_FUNCTIONS["two_phase"], group_size)
+    state, actual = DepthState((leaves[0],)), []
+    for index in range(12):
+        hidden_states, state = read(queries, state, index, settings)
+        actual.append(hidden_states)
+        assert bool(state.phase_one) == ((index + 1) % group_size != 0), "phase one outlives its group"
+        if index < 11:
+            state = state.write(leaves[index + 1], closes_block=(index + 1) % block_size == 0)
+            state = DepthState.unflatten(state.flatten(), index + 1, block_size)
+    weights = [torch.randn(2, 5, HIDDEN, generator=generator, dtype=torch.float64) for _ in range(12)]
+    results = [
+        (*reads, *torch.autograd.grad(reads, [queries, *leaves], weights, retain_graph=True))
+        for reads in (actual, expected)
+    ]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("num_sublayers", "block_size", "group_size"),
+    [(56, 1, 7), (56, 2, 8), (56, 3, 6), (56, 7, 7), (56, 56, 56), (12, 1, 3), (2, 1, 1), (54, 6, 6)],
+)
+def test_groups_are_about_the_square_root_of_the_depth(num_sublayers: int, block_size: int, group_size: int) -> None:
+    backbone = dict(model_type="qwen3", num_hidden_layers=num_sublayers // 2)
+    settings = DepthSettings.of(AttnResConfig(backbone_config=backbone, block_size=block_size))
+    assert settings.group_size == group_size
 
 
 def test_state_survives_flattening() -> None:
