@@ -25,6 +25,7 @@ A read is `h = sum_i a_i v_i` with `a = softmax_i(w . v_i / rms(v_i))` over the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -43,12 +44,12 @@ class DepthState(NamedTuple):
         partial_sum (`torch.Tensor`, *optional*):
             Sum of the outputs written to the open block, `[batch, sequence, hidden]`; `None` at a block boundary.
         inverse_rms (`torch.Tensor`, *optional*):
-            1 / rms of the finished sources, `[sources, batch, sequence]`, float32, for `"two_phase"`; up to the end of
-            a block it lacks the source which that block became.
+            1 / rms of the finished sources, `[batch, sequence, sources]`, float32, for `"two_phase"`; it lacks a source
+            that was finished after the last read.
         phase_one (`tuple[torch.Tensor, ...]`):
-            What phase one (Algorithm 1) found over the finished sources for the reads of the open block: normalised
-            output of each, `[batch, sequence, hidden]`, then the log-sum-exp of each, `[batch, sequence]`, float32;
-            empty for implementations without phases, and at a block boundary.
+            What phase one (Algorithm 1) found for the reads of the open group ([`DepthSettings`]), over the sources
+            finished before it: normalised output of each, `[batch, sequence, hidden]`, then the log-sum-exp of each,
+            `[batch, sequence]`, float32; empty for implementations without phases, and between groups.
     """
 
     sources: tuple[torch.Tensor, ...]
@@ -62,7 +63,7 @@ class DepthState(NamedTuple):
         output = output.to(self.sources[0].dtype)
         total = output if self.partial_sum is None else self.partial_sum + output
         if closes_block:
-            return DepthState(sources=(*self.sources, total), inverse_rms=self.inverse_rms)
+            return self._replace(sources=(*self.sources, total), partial_sum=None)
         return self._replace(partial_sum=total)
 
     def flatten(self) -> tuple[torch.Tensor, ...]:
@@ -113,6 +114,44 @@ class DepthAttention(nn.Module):
         return "reads={}, hidden_size={}".format(*self.query.shape)
 
 
+class DepthSettings(NamedTuple):
+    """What of an [`AttnResConfig`] a read depends on. Looked up several times per read, so not in the configuration,
+    whose attributes are slow.
+
+    Attributes:
+        block_size (`int`): sublayers per block, the paper's S.
+        mix (`str`): `"mean"`, or `"sum"` to multiply a read by the number of its sources.
+        key_norm_eps (`float`): epsilon of the RMSNorm on the keys.
+        implementation (`DepthAttentionImplementation`): a value of [`DEPTH_ATTENTION_FUNCTIONS`].
+        group_size (`int`):
+            Reads per *group*, the scheduling block of Appendix B: phase one serves all reads of a group at once, from
+            the sources finished before it. A matter of cost alone, any size gives the same results.
+    """
+
+    block_size: int
+    mix: str
+    key_norm_eps: float
+    implementation: DepthAttentionImplementation
+    group_size: int
+
+    @classmethod
+    def of(cls, config: AttnResConfig) -> DepthSettings:
+        """The settings of a model: its groups are single blocks, or as many small ones as make about sqrt(L)
+        sublayers. Phase one is run L / G times over up to L / S sources, phase two walks up to G / S of a group."""
+        block_size = config.block_size
+        group_size = block_size * max(1, round(config.num_sublayers**0.5 / block_size))
+        implementation = DEPTH_ATTENTION_FUNCTIONS[config.depth_attention_implementation]
+        return cls(block_size, config.mix, config.key_norm_eps, implementation, group_size)
+
+    def reads_left(self, num_written: int, num_reads: int) -> int:
+        """How many reads of the open group are still to come after `num_written` sublayers."""
+        return min(self.group_size - num_written % self.group_size, num_reads - num_written)
+
+    def scale(self, num_sources: int) -> int:
+        """Factor of a read of so many sources."""
+        return num_sources if self.mix == "sum" else 1
+
+
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in the dtype that statistics and sums are taken in."""
     return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
@@ -145,14 +184,14 @@ class EagerDepthAttention:
     """The reference: every read looks at every source anew, as the equations are written."""
 
     @staticmethod
-    def open_block(queries: torch.Tensor, state: DepthState, mix: str, eps: float) -> DepthState:
-        """Called at the first read of a block; here, nothing is computed ahead.
+    def prepare(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> DepthState:
+        """Called before every read; here, nothing is computed ahead.
 
         Args:
-            queries (`torch.Tensor`): folded queries of the block's reads, `[reads, hidden]`, float32.
-            state (`DepthState`): the state at the block boundary, with n finished sources.
-            mix (`str`): `"mean"` or `"sum"`.
-            eps (`float`): epsilon of the RMSNorm on the keys.
+            queries (`torch.Tensor`): folded queries of all reads, `[reads, hidden]`, float32.
+            state (`DepthState`): the state after `num_written` sublayers.
+            num_written (`int`): how many sublayers have written.
+            settings (`DepthSettings`): what the reads depend on.
 
         Returns:
             `DepthState`: the state, with what [`~EagerDepthAttention.read`] wants to find in it.
@@ -160,15 +199,14 @@ class EagerDepthAttention:
         return state
 
     @staticmethod
-    def read(query: torch.Tensor, state: DepthState, index_in_block: int, mix: str, eps: float) -> torch.Tensor:
+    def read(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> torch.Tensor:
         """One read (Eq. 1 and 6).
 
         Args:
-            query (`torch.Tensor`): folded query `[hidden]`, float32.
-            state (`DepthState`): sources, and the partial sum unless the read is the first of its block.
-            index_in_block (`int`): how many sublayers the open block holds already.
-            mix (`str`): `"mean"`, or `"sum"` to multiply by the number of sources.
-            eps (`float`): epsilon of the RMSNorm on the keys.
+            queries (`torch.Tensor`): folded queries of all reads, `[reads, hidden]`, float32.
+            state (`DepthState`): what [`~EagerDepthAttention.prepare`] returned.
+            num_written (`int`): how many sublayers have written.
+            settings (`DepthSettings`): what the read depends on.
 
         Returns:
             `torch.Tensor`: `[batch, sequence, hidden]` in the dtype of the sources.
@@ -176,8 +214,8 @@ class EagerDepthAttention:
         values = state.sources if state.partial_sum is None else (*state.sources, state.partial_sum)
         if len(values) == 1:  # the softmax over one source is 1
             return values[0]
-        weights = depth_weights(query, state.sources, state.partial_sum, eps)
-        if mix == "sum":
+        weights = depth_weights(queries[num_written], state.sources, state.partial_sum, settings.key_norm_eps)
+        if settings.mix == "sum":
             weights = weights * len(values)
         hidden_states = torch.zeros_like(upcast(values[0]))
         for weight, value in zip(weights.unbind(-1), values):
@@ -186,32 +224,53 @@ class EagerDepthAttention:
 
 
 class TwoPhaseDepthAttention:
-    """Algorithm 1: the sources are looked at once per block, for all its reads, and each read then merges the partial
-    sum with what that gave. Same arguments and results as [`EagerDepthAttention`]."""
+    """Algorithm 1: the sources are looked at once per group, for all its reads, and each read then merges what the
+    group has added since with what that gave. Same arguments and results as [`EagerDepthAttention`]."""
 
     @staticmethod
-    def open_block(queries: torch.Tensor, state: DepthState, mix: str, eps: float) -> DepthState:
-        with torch.no_grad():  # its part of the gradient is in that of phase one
-            known = () if state.inverse_rms is None else (state.inverse_rms,)
-            new = state.sources[sum(map(len, known)) :]
-            cached = torch.cat([*known, *(inverse_rms(source, eps).unsqueeze(0) for source in new)])
-        first_scale = len(state.sources) if mix == "sum" else 1
-        if needs_grad(queries, *state.sources):
-            phase_one = PhaseOne.apply(queries, cached, first_scale, *state.sources)
-        else:
-            phase_one = phase_one_forward(queries, cached, first_scale, state.sources)
-        return state._replace(inverse_rms=cached, phase_one=phase_one)
+    def prepare(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> DepthState:
+        sources, known = state.sources, state.inverse_rms
+        num_known = 0 if known is None else known.shape[-1]
+        if num_known < len(sources):
+            with torch.no_grad():  # its part of the gradient is in that of the phases
+                new = [inverse_rms(source, settings.key_norm_eps).unsqueeze(-1) for source in sources[num_known:]]
+                known = torch.cat(new if known is None else [known, *new], dim=-1)
+            state = state._replace(inverse_rms=known)
+        if not state.phase_one:
+            queries = queries[num_written:][: settings.reads_left(num_written, len(queries))]
+            first_scale = settings.scale(len(sources)) if state.partial_sum is None else 1
+            if needs_grad(queries, *sources):
+                phase_one = PhaseOne.apply(queries, known, first_scale, *sources)
+            else:
+                phase_one = phase_one_forward(queries, known, first_scale, sources)
+            state = state._replace(phase_one=phase_one)
+        return state
 
     @staticmethod
-    def read(query: torch.Tensor, state: DepthState, index_in_block: int, mix: str, eps: float) -> torch.Tensor:
-        if state.partial_sum is None:
-            return state.phase_one[0].to(state.sources[0].dtype)
-        scale = len(state.sources) + 1 if mix == "sum" else 1
-        output = state.phase_one[index_in_block]
-        log_sum_exp = state.phase_one[len(state.phase_one) // 2 + index_in_block]
-        if needs_grad(query, output, state.partial_sum):
-            return PhaseTwo.apply(output, log_sum_exp, state.partial_sum, query, scale, eps)
-        return phase_two_forward(output, log_sum_exp, state.partial_sum, query, scale, eps)
+    def read(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> torch.Tensor:
+        output, log_sum_exp, own = to_merge(queries, state, num_written, settings)
+        if not own:
+            return output.to(state.sources[0].dtype)
+        num_finished = len(own) - (state.partial_sum is not None)
+        known = state.inverse_rms[..., -num_finished:].unbind(-1) if num_finished else ()
+        scale = settings.scale(len(state.sources) + len(own) - num_finished)
+        query = queries[num_written]
+        if needs_grad(query, output, *own):
+            return PhaseTwo.apply(query, scale, settings.key_norm_eps, output, log_sum_exp, num_finished, *known, *own)
+        return phase_two_forward(query, scale, settings.key_norm_eps, output, log_sum_exp, known, own)
+
+
+def to_merge(
+    queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """What phase two of a read is about: its output and log-sum-exp of phase one, and the sources which these lack:
+    those that were finished since, and the partial sum."""
+    num_reads = len(state.phase_one) // 2
+    index = num_reads - settings.reads_left(num_written, len(queries))
+    own = state.sources[1 + (num_written - index) // settings.block_size :]
+    if state.partial_sum is not None:
+        own = (*own, state.partial_sum)
+    return state.phase_one[index], state.phase_one[num_reads + index], own
 
 
 def needs_grad(*tensors: torch.Tensor) -> bool:
@@ -222,7 +281,8 @@ def needs_grad(*tensors: torch.Tensor) -> bool:
 def inverse_rms(value: torch.Tensor, eps: float) -> torch.Tensor:
     """1 / rms over the last dimension, in the dtype of statistics: `[..., hidden]` to `[...]`."""
     norm = torch.linalg.vector_norm(value, dim=-1, dtype=None if value.dtype.itemsize >= 4 else torch.float32)
-    return norm.square_().div_(value.shape[-1]).add_(eps).rsqrt_()
+    # As few operations as can be: this is run for every token that is decoded, at every read.
+    return torch.full_like(norm, eps).addcmul_(norm, norm, value=1 / value.shape[-1]).rsqrt_()
 
 
 # Tokens are taken in chunks whose float32 copies stay in the caches of a core: what a chunk is asked for repeatedly is
@@ -241,21 +301,21 @@ def chunks(num_tokens: int, elements_per_token: int) -> list[slice]:
 def phase_one_logits(
     queries: torch.Tensor, inverse_rms: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dot products `w . v` and logits `w . v / rms(v)`, both `[reads, tokens, sources]`, of `values`
-    `[tokens, sources, hidden]` and `inverse_rms` `[sources, tokens]`."""
-    products = (queries @ values.flatten(0, 1).T).unflatten(1, values.shape[:2])
-    return products, products * inverse_rms.T
+    """Dot products `w . v` and logits `w . v / rms(v)`, both `[tokens, sources, reads]`, of `values`
+    `[tokens, sources, hidden]` and `inverse_rms` `[tokens, sources]`."""
+    products = (values.flatten(0, 1) @ queries.T).view(*values.shape[:2], -1)
+    return products, products * inverse_rms.unsqueeze(-1)
 
 
 def phase_one_forward(
     queries: torch.Tensor, inverse_rms: torch.Tensor, first_scale: int, sources: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
-    """Phase one: every read of a block over the finished sources.
+    """Phase one: every read of a group over the sources finished before it.
 
     Args:
         queries (`torch.Tensor`): folded queries `[reads, hidden]`, float32.
-        inverse_rms (`torch.Tensor`): `[sources, batch, sequence]`, float32.
-        first_scale (`int`): factor of the first read, which is finished by this.
+        inverse_rms (`torch.Tensor`): `[batch, sequence, sources]`, float32.
+        first_scale (`int`): factor of the first read, which is finished by this unless there is a partial sum.
         sources (`tuple[torch.Tensor, ...]`): each `[batch, sequence, hidden]`.
 
     Returns:
@@ -263,25 +323,34 @@ def phase_one_forward(
         log-sum-exp of each, `[batch, sequence]`, both float32: rounded to bfloat16 in between, a retrofitted model
         would be further from float32 than the original.
     """
-    (*shape, hidden), reads = sources[0].shape, queries.shape[0]
-    rows = [source.reshape(-1, hidden) for source in sources]
-    inverse_rms = inverse_rms.reshape(len(rows), -1)
-    slices = chunks(rows[0].shape[0], len(rows) * hidden)
-    output, log_sum_exps = queries.new_empty(0 if len(slices) == 1 else rows[0].shape[0], reads, hidden), []
+    (*shape, hidden), reads = sources[0].shape, len(queries)
+    inverse_rms = inverse_rms.flatten(0, -2)
+    num_tokens, num_sources = inverse_rms.shape
+    slices = chunks(num_tokens, num_sources * hidden)
+    if len(slices) > 1:
+        outputs, log_sum_exps = queries.new_empty(num_tokens, reads, hidden), queries.new_empty(num_tokens, reads)
     for chunk in slices:
-        values = upcast(torch.stack([row[chunk] for row in rows], dim=1))
-        _, logits = phase_one_logits(queries, inverse_rms[:, chunk], values)
-        weights = logits.softmax(-1)
+        values = stacked(sources, chunk)
+        _, logits = phase_one_logits(queries, inverse_rms[chunk], values)
+        # Max and softmax, because logsumexp is many small operations.
+        log_weights = logits.log_softmax(1)
+        log_sum_exp = logits.amax(1) - log_weights.amax(1)
+        weights = log_weights.exp_().transpose(1, 2)
         if first_scale != 1:
-            weights[0].mul_(first_scale)
-        mixed = weights.transpose(0, 1) @ values  # [tokens, reads, hidden]
-        log_sum_exps.append(logits.logsumexp(-1))
+            weights[:, 0].mul_(first_scale)
         if len(slices) == 1:
-            output = mixed
+            outputs, log_sum_exps = weights @ values, log_sum_exp
         else:
-            output[chunk] = mixed
-    log_sum_exp = log_sum_exps[0] if len(log_sum_exps) == 1 else torch.cat(log_sum_exps, dim=1)
-    return (*output.view(*shape, reads, hidden).unbind(-2), *log_sum_exp.view(reads, *shape).unbind(0))
+            torch.bmm(weights, values, out=outputs[chunk])
+            log_sum_exps[chunk] = log_sum_exp
+    return (*outputs.view(*shape, reads, hidden).unbind(-2), *log_sum_exps.view(*shape, reads).unbind(-1))
+
+
+def stacked(tensors: Sequence[torch.Tensor], chunk: slice) -> torch.Tensor:
+    """A chunk of the tokens of several tensors `[batch, sequence, hidden]`: `[tokens, tensors, hidden]`, up-cast."""
+    if chunk == slice(None):
+        return upcast(torch.stack(tensors, dim=-2).flatten(0, -3))
+    return upcast(torch.stack([tensor.flatten(0, -2)[chunk] for tensor in tensors], dim=1))
 
 
 class PhaseOne(torch.autograd.Function):
@@ -300,92 +369,94 @@ class PhaseOne(torch.autograd.Function):
     def backward(ctx: Any, *grads_of_results: torch.Tensor) -> tuple[Any, ...]:
         queries, inverse_rms, *others = ctx.saved_tensors
         reads, hidden = queries.shape
-        log_sum_exps, sources = torch.stack(others[:reads]), others[reads:]
-        grad_outputs = [grad.reshape(-1, hidden) for grad in grads_of_results[:reads]]
-        grad_log_sum_exps = torch.stack(grads_of_results[reads:]).reshape(reads, -1)
-        rows = [source.reshape(-1, hidden) for source in sources]
-        inverse_rms = inverse_rms.reshape(len(rows), -1)
-        log_sum_exps = log_sum_exps.reshape(reads, -1)
+        sources, grad_outputs = others[reads:], grads_of_results[:reads]
+        log_sum_exps = torch.stack(others[:reads], dim=-1).flatten(0, -2)
+        grad_log_sum_exps = torch.stack(grads_of_results[reads:], dim=-1).flatten(0, -2)
+        inverse_rms = inverse_rms.flatten(0, -2)
+        num_tokens, num_sources = inverse_rms.shape
         grad_queries = torch.zeros_like(queries)
-        grad_rows = [torch.empty_like(row, memory_format=torch.contiguous_format) for row in rows]
-        for chunk in chunks(rows[0].shape[0], (len(rows) + reads) * hidden):
-            values = upcast(torch.stack([row[chunk] for row in rows], dim=1))  # [tokens, sources, hidden]
-            grads = upcast(torch.stack([grad[chunk] for grad in grad_outputs], dim=1))  # [tokens, reads, hidden]
+        grad_rows = [source.new_empty(num_tokens, hidden) for source in sources]
+        for chunk in chunks(num_tokens, (num_sources + reads) * hidden):
+            values, grads = stacked(sources, chunk), stacked(grad_outputs, chunk)
             if ctx.first_scale != 1:
                 grads = torch.cat([grads[:, :1] * ctx.first_scale, grads[:, 1:]], dim=1)
-            scale = inverse_rms[:, chunk].T  # [tokens, sources]
-            products, logits = phase_one_logits(queries, inverse_rms[:, chunk], values)
-            weights = (logits - log_sum_exps[:, chunk].unsqueeze(-1)).exp()  # [reads, tokens, sources]
-            grad_weights = (grads @ values.transpose(1, 2)).transpose(0, 1)
-            mean = (weights * grad_weights).sum(-1, keepdim=True)
-            grad_logits = weights * (grad_weights - mean + grad_log_sum_exps[:, chunk].unsqueeze(-1))
-            grad_products = grad_logits * scale
+            scale = inverse_rms[chunk]
+            products, logits = phase_one_logits(queries, scale, values)
+            weights = (logits - log_sum_exps[chunk].unsqueeze(1)).exp_()  # [tokens, sources, reads]
+            grad_weights = values @ grads.transpose(1, 2)
+            mean = (weights * grad_weights).sum(1, keepdim=True)
+            grad_logits = weights * (grad_weights - mean + grad_log_sum_exps[chunk].unsqueeze(1))
+            grad_products = (grad_logits * scale.unsqueeze(-1)).flatten(0, 1)
             # 1 / rms depends on the value too: its derivative is -v / (hidden * rms^3).
-            along = (grad_logits * products).sum(0) * scale**3 / -hidden
-            grad_values = torch.baddbmm(along.unsqueeze(-1) * values, weights.permute(1, 2, 0), grads)
-            grad_values.flatten(0, 1).addmm_(grad_products.flatten(1).T, queries)
-            grad_queries.addmm_(grad_products.flatten(1), values.flatten(0, 1))
+            along = (grad_logits * products).sum(-1) * scale**3 / -hidden
+            grad_values = torch.baddbmm(along.unsqueeze(-1) * values, weights, grads)
+            grad_values.flatten(0, 1).addmm_(grad_products, queries)
+            grad_queries.addmm_(grad_products.T, values.flatten(0, 1))
             for grad_row, grad_value in zip(grad_rows, grad_values.unbind(1)):
                 grad_row[chunk] = grad_value
-        return (grad_queries, None, None, *(g.view(s.shape) for g, s in zip(grad_rows, sources)))
-
-
-def phase_two_gate(
-    log_sum_exp: torch.Tensor, partial_sum: torch.Tensor, query: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The partial sum's weight in the merge, with the dot product and 1 / rms that it came from."""
-    product, scale = partial_sum @ query, inverse_rms(partial_sum, eps)
-    return (product * scale).sub_(log_sum_exp).sigmoid_(), product, scale
+        return (grad_queries, None, None, *(grad.view(sources[0].shape) for grad in grad_rows))
 
 
 def phase_two_merge(
-    output: torch.Tensor,
-    log_sum_exp: torch.Tensor,
-    partial_sum: torch.Tensor,
     query: torch.Tensor,
     scale: int,
     eps: float,
+    output: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    known: Sequence[torch.Tensor],
+    own: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """[`phase_two_forward`] of tokens that are few enough to be up-cast at once."""
-    value = upcast(partial_sum)
-    gate = phase_two_gate(log_sum_exp, value, query, eps)[0]
-    hidden_states = torch.lerp(output, value, gate.unsqueeze(-1))
+    for index, value in enumerate(own):
+        value = upcast(value)
+        product, scale_of_key = value @ query, known[index] if index < len(known) else inverse_rms(value, eps)
+        share = torch.addcmul(log_sum_exp, product, scale_of_key, value=-1).sigmoid_()  # of what came before
+        output = torch.lerp(value, output, share.unsqueeze(-1))
+        if index + 1 < len(own):
+            log_sum_exp = torch.logaddexp(log_sum_exp, product * scale_of_key)
     if scale != 1:
-        hidden_states = hidden_states.mul_(scale)
-    return hidden_states.to(partial_sum.dtype)
+        output = output.mul_(scale)
+    return output.to(own[0].dtype)
 
 
 def phase_two_forward(
-    output: torch.Tensor,
-    log_sum_exp: torch.Tensor,
-    partial_sum: torch.Tensor,
     query: torch.Tensor,
     scale: int,
     eps: float,
+    output: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    known: Sequence[torch.Tensor],
+    own: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """Phase two: one read's merge of phase one with the partial sum by online softmax.
+    """Phase two: one read's merge of phase one with further sources, one by one, by online softmax.
 
     Args:
-        output (`torch.Tensor`): normalised output of phase one, `[batch, sequence, hidden]`, float32.
-        log_sum_exp (`torch.Tensor`): `[batch, sequence]`, float32.
-        partial_sum (`torch.Tensor`): `[batch, sequence, hidden]`.
         query (`torch.Tensor`): folded query `[hidden]`, float32.
         scale (`int`): factor of the result.
         eps (`float`): epsilon of the RMSNorm on the keys.
+        output (`torch.Tensor`): normalised output of phase one, `[batch, sequence, hidden]`, float32.
+        log_sum_exp (`torch.Tensor`): `[batch, sequence]`, float32.
+        known (`Sequence[torch.Tensor]`): 1 / rms of the first of `own`, each `[batch, sequence]`, float32.
+        own (`Sequence[torch.Tensor]`): the further sources, at least one, each `[batch, sequence, hidden]`.
 
     Returns:
-        `torch.Tensor`: `[batch, sequence, hidden]` in the dtype of `partial_sum`.
+        `torch.Tensor`: `[batch, sequence, hidden]` in the dtype of the sources.
     """
-    hidden = query.shape[0]
-    slices = chunks(log_sum_exp.numel(), 2 * hidden)
+    slices = chunks(log_sum_exp.numel(), query.shape[0])
     if len(slices) == 1:
-        return phase_two_merge(output, log_sum_exp, partial_sum, query, scale, eps)
-    outputs, partial_sums = output.reshape(-1, hidden), partial_sum.reshape(-1, hidden)
-    log_sum_exps = log_sum_exp.reshape(-1)
-    merged = torch.empty_like(partial_sums)
+        return phase_two_merge(query, scale, eps, output, log_sum_exp, known, own)
+    merged = torch.empty_like(own[0], memory_format=torch.contiguous_format)
+    rows, result = by_token(output, log_sum_exp, *known, *own), merged.flatten(0, -2)
     for chunk in slices:
-        merged[chunk] = phase_two_merge(outputs[chunk], log_sum_exps[chunk], partial_sums[chunk], query, scale, eps)
-    return merged.view(output.shape)
+        output, log_sum_exp, *others = (row[chunk] for row in rows)
+        known, own = others[: len(known)], others[len(known) :]
+        result[chunk] = phase_two_merge(query, scale, eps, output, log_sum_exp, known, own)
+    return merged
+
+
+def by_token(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Views of `[batch, sequence, ...]` as `[tokens, ...]`."""
+    return [tensor.flatten(0, 1) for tensor in tensors]
 
 
 class PhaseTwo(torch.autograd.Function):
@@ -394,49 +465,46 @@ class PhaseTwo(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        output: torch.Tensor,
-        log_sum_exp: torch.Tensor,
-        partial_sum: torch.Tensor,
         query: torch.Tensor,
         scale: int,
         eps: float,
+        output: torch.Tensor,
+        log_sum_exp: torch.Tensor,
+        num_known: int,
+        *known_and_own: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.save_for_backward(output, log_sum_exp, partial_sum, query)
-        ctx.scale, ctx.eps = scale, eps
-        return phase_two_forward(output, log_sum_exp, partial_sum, query, scale, eps)
+        ctx.save_for_backward(query, output, log_sum_exp, *known_and_own)
+        ctx.scale, ctx.eps, ctx.num_known = scale, eps, num_known
+        known, own = known_and_own[:num_known], known_and_own[num_known:]
+        return phase_two_forward(query, scale, eps, output, log_sum_exp, known, own)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        output, log_sum_exp, partial_sum, query = ctx.saved_tensors
-        hidden = query.shape[0]
-        outputs, partial_sums, grads = (t.reshape(-1, hidden) for t in (output, partial_sum, grad))
-        log_sum_exps = log_sum_exp.reshape(-1)
-        grad_outputs = torch.empty_like(outputs, memory_format=torch.contiguous_format)
-        grad_partial_sums = torch.empty_like(partial_sums, memory_format=torch.contiguous_format)
-        grad_log_sum_exps, grad_query = torch.empty_like(log_sum_exps), torch.zeros_like(query)
-        for chunk in chunks(outputs.shape[0], 3 * hidden):
-            value = upcast(partial_sums[chunk])
-            gate, product, scale = phase_two_gate(log_sum_exps[chunk], value, query, ctx.eps)
-            grad_hidden_states = upcast(grads[chunk])
-            if ctx.scale != 1:
-                grad_hidden_states = grad_hidden_states * ctx.scale
-            through_value = grad_hidden_states * gate.unsqueeze(-1)
-            grad_gate = ((value - outputs[chunk]) * grad_hidden_states).sum(-1)
-            grad_logit = grad_gate * gate * (1 - gate)
-            grad_product = grad_logit * scale
-            along = grad_logit * product * scale**3 / -hidden  # see PhaseOne.backward
-            grad_outputs[chunk] = grad_hidden_states - through_value
-            grad_partial_sums[chunk] = through_value.addcmul_(along.unsqueeze(-1), value).addr_(grad_product, query)
-            grad_log_sum_exps[chunk] = -grad_logit
-            grad_query += grad_product @ value
-        return (
-            grad_outputs.view(output.shape),
-            grad_log_sum_exps.view(log_sum_exp.shape),
-            grad_partial_sums.view(partial_sum.shape),
-            grad_query,
-            None,
-            None,
-        )
+        query, *saved = ctx.saved_tensors
+        hidden, num_known = query.shape[0], ctx.num_known
+        results = [
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*saved[:2], *saved[2 + num_known :])
+        ]
+        grad_query = torch.zeros_like(query)
+        rows = by_token(grad, *saved)
+        grad_output, grad_log_sum_exp, *grad_own = by_token(*results)
+        for chunk in chunks(len(rows[0]), hidden * len(grad_own)):
+            grads, output, log_sum_exp, *others = (row[chunk] for row in rows)
+            known, own = others[:num_known], [upcast(value) for value in others[num_known:]]
+            grads = upcast(grads) if ctx.scale == 1 else upcast(grads) * ctx.scale
+            products = torch.stack([value @ query for value in own])
+            scales = torch.stack([*known, *(inverse_rms(value, ctx.eps) for value in own[num_known:])])
+            weights = torch.cat([log_sum_exp.unsqueeze(0), products * scales]).softmax(0)  # [1 + own, tokens]
+            grad_weights = torch.stack([(grads * value).sum(-1) for value in (output, *own)])
+            grad_logits = weights * (grad_weights - (weights * grad_weights).sum(0))
+            grad_log_sum_exp[chunk], grad_products = grad_logits[0], grad_logits[1:] * scales
+            along = grad_products * products * scales**2 / -hidden  # see PhaseOne.backward
+            torch.mul(grads, weights[0].unsqueeze(-1), out=grad_output[chunk])
+            for index, value in enumerate(own):
+                grad_value = torch.addcmul(along[index].unsqueeze(-1) * value, weights[index + 1].unsqueeze(-1), grads)
+                grad_own[index][chunk] = grad_value.addr_(grad_products[index], query)
+                grad_query.addmv_(value.T, grad_products[index])
+        return (grad_query, None, None, *results[:2], None, *[None] * num_known, *results[2:])
 
 
 class TritonDepthAttention:
@@ -444,22 +512,30 @@ class TritonDepthAttention:
     [`EagerDepthAttention`]; raises [`AttnResError`] where Triton is missing, or sources are elsewhere."""
 
     @staticmethod
-    def open_block(queries: torch.Tensor, state: DepthState, mix: str, eps: float) -> DepthState:
+    def prepare(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> DepthState:
+        if state.phase_one:
+            return state
         from .depth_attention_triton import phase_one
 
-        first_scale = len(state.sources) if mix == "sum" else 1
-        return state._replace(phase_one=phase_one(queries, state.sources, first_scale, eps))
+        queries = queries[num_written:][: settings.reads_left(num_written, len(queries))]
+        first_scale = settings.scale(len(state.sources)) if state.partial_sum is None else 1
+        return state._replace(phase_one=phase_one(queries, state.sources, first_scale, settings.key_norm_eps))
 
     @staticmethod
-    def read(query: torch.Tensor, state: DepthState, index_in_block: int, mix: str, eps: float) -> torch.Tensor:
-        from .depth_attention_triton import phase_two
+    def read(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> torch.Tensor:
+        from .depth_attention_triton import phase_one, phase_two
 
-        if state.partial_sum is None:
-            return state.phase_one[0].to(state.sources[0].dtype)
-        scale = len(state.sources) + 1 if mix == "sum" else 1
-        output = state.phase_one[index_in_block]
-        log_sum_exp = state.phase_one[len(state.phase_one) // 2 + index_in_block]
-        return phase_two(output, log_sum_exp, state.partial_sum, query, scale, eps)
+        eps = settings.key_norm_eps
+        query, (output, log_sum_exp, own) = queries[num_written], to_merge(queries, state, num_written, settings)
+        if not own:
+            return output.to(state.sources[0].dtype)
+        if len(own) > 1:  # phase two merges one source; what the group has before it is a phase one of its own
+            of_own, log_sum_exp_of_own = phase_one(query.unsqueeze(0), own[:-1], 1, eps)
+            share = torch.sigmoid(log_sum_exp_of_own - log_sum_exp)
+            output = torch.lerp(output, of_own, share.unsqueeze(-1))
+            log_sum_exp = torch.logaddexp(log_sum_exp, log_sum_exp_of_own)
+        scale = settings.scale(len(state.sources) + (state.partial_sum is not None))
+        return phase_two(output, log_sum_exp, own[-1], query, scale, eps)
 
 
 HAS_TRITON = find_spec("triton") is not None
@@ -470,12 +546,12 @@ class AutoDepthAttention:
     layers of a model may be on different devices."""
 
     @staticmethod
-    def open_block(queries: torch.Tensor, state: DepthState, mix: str, eps: float) -> DepthState:
-        return AutoDepthAttention.choose(state).open_block(queries, state, mix, eps)
+    def prepare(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> DepthState:
+        return AutoDepthAttention.choose(state).prepare(queries, state, num_written, settings)
 
     @staticmethod
-    def read(query: torch.Tensor, state: DepthState, index_in_block: int, mix: str, eps: float) -> torch.Tensor:
-        return AutoDepthAttention.choose(state).read(query, state, index_in_block, mix, eps)
+    def read(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> torch.Tensor:
+        return AutoDepthAttention.choose(state).read(queries, state, num_written, settings)
 
     @staticmethod
     def choose(state: DepthState) -> type[TwoPhaseDepthAttention] | type[TritonDepthAttention]:
@@ -495,21 +571,6 @@ DEPTH_ATTENTION_FUNCTIONS: dict[str, DepthAttentionImplementation] = {
 """Implementations by their name in `config.depth_attention_implementation`."""
 
 
-class DepthSettings(NamedTuple):
-    """What of an [`AttnResConfig`] a read depends on. Looked up several times per read, so not in the configuration,
-    whose attributes are slow."""
-
-    block_size: int
-    mix: str
-    key_norm_eps: float
-    implementation: DepthAttentionImplementation
-
-    @classmethod
-    def of(cls, config: AttnResConfig) -> DepthSettings:
-        implementation = DEPTH_ATTENTION_FUNCTIONS[config.depth_attention_implementation]
-        return cls(config.block_size, config.mix, config.key_norm_eps, implementation)
-
-
 def read(
     queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings
 ) -> tuple[torch.Tensor, DepthState]:
@@ -519,17 +580,17 @@ def read(
         queries (`torch.Tensor`): folded queries of all reads, `[reads, hidden]`, from [`DepthAttention`].
         state (`DepthState`): the state after `num_written` sublayers.
         num_written (`int`): how many sublayers have written; also the index of this read.
-        settings (`DepthSettings`): block size, mix, eps and implementation.
+        settings (`DepthSettings`): block size, mix, eps, implementation and group size.
 
     Returns:
-        `tuple[torch.Tensor, DepthState]`: the hidden states `[batch, sequence, hidden]`, and the state, which at the
-        start of a block now holds phase one.
+        `tuple[torch.Tensor, DepthState]`: the hidden states `[batch, sequence, hidden]`, and the state, which holds
+        phase one from the first read of a group to its last.
     """
     if torch.is_autocast_enabled(queries.device.type):  # it would take the products in half precision
         with torch.autocast(queries.device.type, enabled=False):
             return read(queries, state, num_written, settings)
-    block_size, mix, eps, implementation = settings
-    index_in_block = num_written % block_size
-    if index_in_block == 0:
-        state = implementation.open_block(queries[num_written : num_written + block_size], state, mix, eps)
-    return implementation.read(queries[num_written], state, index_in_block, mix, eps), state
+    state = settings.implementation.prepare(queries, state, num_written, settings)
+    hidden_states = settings.implementation.read(queries, state, num_written, settings)
+    if state.phase_one and (num_written + 1) % settings.group_size == 0:
+        state = state._replace(phase_one=())
+    return hidden_states, state

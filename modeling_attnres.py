@@ -73,9 +73,11 @@ class ResidualStream:
     decoder layer.
     """
 
+    __slots__ = ("base", "depth_query", "num_written", "output", "recorder", "settings", "state", "value")
+
     def __init__(
         self,
-        layer: AttnResDecoderLayer,
+        settings: DepthSettings,
         depth_query: torch.Tensor,
         recorder: DepthRecorder | None,
         state: DepthState,
@@ -83,7 +85,7 @@ class ResidualStream:
         base: torch.Tensor | None = None,
         output: torch.Tensor | None = None,
     ):
-        self.layer, self.depth_query, self.recorder = layer, depth_query, recorder
+        self.settings, self.depth_query, self.recorder = settings, depth_query, recorder
         self.state, self.num_written = state, num_written
         self.base = base  # what was read before `output`
         self.output = output  # what was added since, not yet written
@@ -93,15 +95,14 @@ class ResidualStream:
         """Writes what was added, if anything was."""
         if self.output is not None:
             self.num_written += 1
-            closes_block = self.num_written % self.layer.depth_settings.block_size == 0
-            self.state = self.state.write(self.output, closes_block)
+            self.state = self.state.write(self.output, self.num_written % self.settings.block_size == 0)
             self.output = None
         return self.state
 
     def read(self) -> torch.Tensor:
         """The read at this point of depth, `[batch, sequence, hidden]`; the same tensor each time."""
         if self.value is None:
-            state, settings, recorder = self.settle(), self.layer.depth_settings, self.recorder
+            state, settings, recorder = self.settle(), self.settings, self.recorder
             if recorder is not None and recorder.depth_attentions is not None:
                 query = self.depth_query[self.num_written]
                 weights = depth_weights(query, state.sources, state.partial_sum, settings.key_norm_eps)
@@ -111,7 +112,7 @@ class ResidualStream:
 
     def write(self, output: torch.Tensor, base: torch.Tensor | None) -> ResidualStream:
         return ResidualStream(
-            self.layer, self.depth_query, self.recorder, self.state, self.num_written, base=base, output=output
+            self.settings, self.depth_query, self.recorder, self.state, self.num_written, base, output
         )
 
     def add(self, output: torch.Tensor) -> ResidualStream:
@@ -164,6 +165,8 @@ STREAM_OPERATORS = (torch.Tensor.add, torch.Tensor.mul)
 
 def read_streams(module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Whoever is handed a stream, reads it; a pre-hook of the children of decoder layers."""
+    if not any(type(arg) is ResidualStream for arg in (*args, *kwargs.values())):
+        return args, kwargs
     args = tuple(arg.read() if isinstance(arg, ResidualStream) else arg for arg in args)
     return args, {name: arg.read() if isinstance(arg, ResidualStream) else arg for name, arg in kwargs.items()}
 
@@ -210,8 +213,13 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> Any:
         tensors = (hidden_states,) if isinstance(hidden_states, torch.Tensor) else tuple(hidden_states)
-        state = DepthState.unflatten(tensors, self.first_sublayer, self.depth_settings.block_size)
-        entering = ResidualStream(self, depth_query, depth_recorder, state, self.first_sublayer)
+        settings = self.depth_settings
+        state = DepthState.unflatten(tensors, self.first_sublayer, settings.block_size)
+        if self.gradient_checkpointing and self.training:
+            # What crosses the boundary of a layer is kept for the backward, so phase one is not to: layers are groups.
+            settings = settings._replace(group_size=self.next_sublayer - self.first_sublayer)
+            state = state._replace(phase_one=())
+        entering = ResidualStream(settings, depth_query, depth_recorder, state, self.first_sublayer)
         if depth_recorder is not None:
             depth_recorder.hidden_states.append(entering.read())
 

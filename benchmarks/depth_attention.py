@@ -89,7 +89,7 @@ def read_by_read(one_read: Callable[[list[torch.Tensor], torch.Tensor], torch.Te
 
 def ours(implementation: str) -> Reads:
     def reads(sources: tuple[torch.Tensor, ...], outputs: list[torch.Tensor], queries: torch.Tensor) -> Any:
-        settings = DepthSettings(len(queries), "mean", EPS, DEPTH_ATTENTION_FUNCTIONS[implementation])
+        settings = DepthSettings(len(queries), "mean", EPS, DEPTH_ATTENTION_FUNCTIONS[implementation], len(queries))
         state, results = DepthState(sources), []
         for index in range(len(queries)):
             if index:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import ReferenceModel
+from reference import ReferenceModel, visible
 from reference import read as reference_read
 from tiny import FAMILIES, random_tokens, retrofit, tiny_model
 
@@ -24,14 +24,18 @@ def make_config(block_size: int, **kwargs: object) -> AttnResConfig:
     return AttnResConfig(backbone_config=backbone, block_size=block_size, **kwargs)
 
 
-def read_at(query: torch.Tensor, values: tuple[torch.Tensor, ...], num_written: int, config: AttnResConfig) -> tuple:
-    """One read; an implementation with phases has opened the block at the block's first read."""
-    first = num_written - num_written % config.block_size
-    num_sources = 1 + num_written // config.block_size
+def read_at(
+    query: torch.Tensor, values: tuple[torch.Tensor, ...], num_written: int, config: AttnResConfig
+) -> tuple[torch.Tensor, DepthState]:
+    """One read; an implementation with phases has opened the group at the first read of the group."""
     settings = DepthSettings.of(config)
-    hidden_states, state = read(query, DepthState(values[:num_sources]), first, settings)
-    if num_written > first:
-        hidden_states, state = read(query, state._replace(partial_sum=values[num_sources]), num_written, settings)
+    state = DepthState(values[:1])
+    for written in range(num_written + 1):
+        num_sources = 1 + written // config.block_size
+        # Values are finished blocks, so a partial sum is the value of its block from the start.
+        partial_sum = values[num_sources] if written % config.block_size else None
+        state = state._replace(sources=values[:num_sources], partial_sum=partial_sum)
+        hidden_states, state = read(query, state, written, settings)
     return hidden_states, state
 
 
@@ -83,21 +87,63 @@ def test_autocast_does_not_reach_depth_attention(implementation: str) -> None:
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("block_size", [1, 3])
 @pytest.mark.parametrize("num_tokens", [1, 7, 300])
-def test_chunks_cover_every_token(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_cover_every_token(num_tokens: int, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward are the same whatever the chunk size."""
     generator = torch.Generator().manual_seed(0)
-    options = dict(generator=generator, dtype=torch.float64, requires_grad=True)
-    sources = [torch.randn(1, num_tokens, HIDDEN, **options) for _ in range(4)]
-    query = torch.randn(9, HIDDEN, **options)
-    config = make_config(3, mix="sum", depth_attention_implementation="two_phase")
+    kwargs = dict(generator=generator, dtype=torch.float64, requires_grad=True)
+    sources = [torch.randn(1, num_tokens, HIDDEN, **kwargs) for _ in range(1 + -(-8 // block_size))]
+    query = torch.randn(9, HIDDEN, **kwargs)
+    config = make_config(block_size, mix="sum", depth_attention_implementation="two_phase")
     results = []
     for size in (2**19, 5 * HIDDEN):
         monkeypatch.setattr(depth_attention, "CHUNK_ELEMENTS", size)
         hidden_states, _ = read_at(query, tuple(sources), 8, config)
         results.append((hidden_states, *torch.autograd.grad(hidden_states.square().sum(), [query, *sources])))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 5, 12])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 11])
+def test_groups_change_nothing(block_size: int, group_size: int) -> None:
+    """Reads over an odd number of sublayers, and their gradients, whatever the number of reads that phase one serves:
+    groups of several blocks, blocks of several groups, groups and blocks that end at different sublayers."""
+    generator = torch.Generator().manual_seed(0)
+    kwargs = dict(generator=generator, dtype=torch.float64, requires_grad=True)
+    leaves = [torch.randn(2, 5, HIDDEN, **kwargs) for _ in range(12)]
+    queries = torch.randn(12, HIDDEN, **kwargs)
+    expected = [
+        reference_read(visible(leaves[0], leaves[1 : 1 + i], block_size), queries[i], torch.ones(()), "sum", 1e-6)[0]
+        for i in range(12)
+    ]
+    settings = DepthSettings(block_size, "sum", 1e-6, DEPTH_ATTENTION_FUNCTIONS["two_phase"], group_size)
+    state, actual = DepthState((leaves[0],)), []
+    for index in range(12):
+        hidden_states, state = read(queries, state, index, settings)
+        actual.append(hidden_states)
+        assert bool(state.phase_one) == ((index + 1) % group_size != 0), "phase one outlives its group"
+        if index < 11:
+            state = state.write(leaves[index + 1], closes_block=(index + 1) % block_size == 0)
+            state = DepthState.unflatten(state.flatten(), index + 1, block_size)
+    weights = [torch.randn(2, 5, HIDDEN, generator=generator, dtype=torch.float64) for _ in range(12)]
+    results = [
+        (*reads, *torch.autograd.grad(reads, [queries, *leaves], weights, retain_graph=True))
+        for reads in (actual, expected)
+    ]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("num_sublayers", "block_size", "group_size"),
+    [(56, 1, 7), (56, 2, 8), (56, 3, 6), (56, 7, 7), (56, 56, 56), (12, 1, 3), (2, 1, 1), (54, 6, 6)],
+)
+def test_groups_are_about_the_square_root_of_the_depth(num_sublayers: int, block_size: int, group_size: int) -> None:
+    backbone = dict(model_type="qwen3", num_hidden_layers=num_sublayers // 2)
+    settings = DepthSettings.of(AttnResConfig(backbone_config=backbone, block_size=block_size))
+    assert settings.group_size == group_size
 
 
 def test_state_survives_flattening() -> None:

@@ -211,6 +211,45 @@ def test_gradient_checkpointing_recomputes() -> None:
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("implementation", ["eager", "two_phase"])
+@pytest.mark.parametrize("block_size", [1, 3, 8])
+def test_gradient_checkpointing_keeps_sources_and_partial_sums_alone(block_size: int, implementation: str) -> None:
+    """What travels from layer to layer is what checkpointing keeps: besides these, one number per token and source."""
+    backbone = tiny_model("qwen3", num_hidden_layers=4)
+    kwargs = dict(block_size=block_size, depth_attention_implementation=implementation)
+    model = retrofit(backbone, random_queries=True, **kwargs).double().train()
+    input_ids = random_tokens()
+    expected = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    crossing: dict[int, list[torch.Tensor]] = {}
+    layers = model.backbone.model.layers[:-1]
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, _, out: crossing.setdefault(layer.next_sublayer, list(out)))
+    actual = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
+    assert len(crossing) == len(layers)
+    for num_written, tensors in crossing.items():
+        num_values = 1 + -(-num_written // block_size)  # sources, and the partial sum
+        assert all(tensor.shape == (*input_ids.shape, model.config.hidden_size) for tensor in tensors[:num_values])
+        assert all(tensor.shape[-1] < num_values for tensor in tensors[num_values:])
+        assert len(tensors) == num_values + (implementation != "eager")
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-12, rtol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_layers_in_evaluation_mode_beside_layers_that_recompute(block_size: int) -> None:
+    model = retrofit(tiny_model("qwen3", num_hidden_layers=6), random_queries=True, block_size=block_size)
+    model.double().train()
+    input_ids = random_tokens()
+    expected = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for index in (1, 2, 4):
+        model.backbone.model.layers[index].eval()
+    actual = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-12, rtol=1e-10, msg=name)
+
+
 def test_autocast_keeps_sources_in_the_dtype_of_the_embedding() -> None:
     model = retrofit(tiny_model("qwen3"), random_queries=True)
     input_ids = random_tokens()
