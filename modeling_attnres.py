@@ -304,6 +304,14 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
     for module in backbone.modules():  # device maps and FSDP find layers by the name of their class
         if isinstance(module, PreTrainedModel):
             module._no_split_modules = {renamed.get(name, name) for name in module._no_split_modules or ()}
+        if hasattr(module, "_maybe_slice_kv_shared_inputs"):
+            module._maybe_slice_kv_shared_inputs = keep_all_positions
+
+
+def keep_all_positions(*inputs: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """In the place of what lets Gemma 4 run the last layers of a prefill at the last position only: a state of depth
+    is no tensor that a position could be cut from."""
+    return inputs[:4]
 
 
 class AttnResPreTrainedModel(PreTrainedModel):
