@@ -496,6 +496,15 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
     def __init__(self, config: AttnResConfig):
         super().__init__(config, AutoModelForCausalLM)
 
+    # Some backbones make a cache of their own, or drop it where their rotary scaling changes (Phi-3).
+    def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
+        return self.backbone._supports_default_dynamic_cache()
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        return self.backbone.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.get_output_embeddings()
 
