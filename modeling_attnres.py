@@ -305,7 +305,7 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
         if isinstance(module, PreTrainedModel):
             module._no_split_modules = {renamed.get(name, name) for name in module._no_split_modules or ()}
         if hasattr(module, "_maybe_slice_kv_shared_inputs"):
-            module._maybe_slice_kv_shared_inputs = keep_all_positions
+            module._maybe_slice_kv_shared_inputs = keep_all_positions  # type: ignore[assignment]
 
 
 def keep_all_positions(*inputs: Any, **kwargs: Any) -> tuple[Any, ...]:
