@@ -47,6 +47,10 @@ def _one_if_parallel(config: Any) -> int:
     return 1 if config.use_parallel_residual else 2
 
 
+def _three_if_per_layer_input(config: Any) -> int:
+    return 3 if config.hidden_size_per_layer_input else 2
+
+
 # An architecture is listed only when tests have seen it come out right: an equal number of reads is no proof.
 SUPPORTED: dict[str, Backbone] = {
     **dict.fromkeys(
@@ -68,7 +72,7 @@ SUPPORTED: dict[str, Backbone] = {
     **dict.fromkeys(("gpt_neox", "stablelm"), Backbone(_one_if_parallel)),
     **dict.fromkeys(("ctrl", "gpt2", "gpt_bigcode"), Backbone(layers="h")),
     # The per-layer embedding, if there is one, is a third sublayer.
-    "gemma4_text": Backbone(lambda config: 3 if config.hidden_size_per_layer_input else 2),
+    "gemma4_text": Backbone(_three_if_per_layer_input),
     # Attention and MLP see a scaled or normalised residual of their own, so the decoder layer is the unit of depth.
     **dict.fromkeys(("minimax", "zaya"), Backbone(1, replaces_stream=True)),
 }

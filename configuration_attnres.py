@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from importlib import import_module
 from typing import Any
@@ -78,8 +79,8 @@ class AttnResConfig(PreTrainedConfig):
 
     Args:
         backbone_config (`PreTrainedConfig`, `dict` or `str`):
-            The decoder: its configuration, the same as a dict with a `model_type`, or a path or Hub id that
-            `AutoConfig.from_pretrained` takes.
+            The decoder: its configuration (a copy is taken), the same as a dict with a `model_type`, or a path or Hub
+            id that `AutoConfig.from_pretrained` takes.
         block_size (`int`, *optional*):
             S, the number of consecutive sublayers (one token mixer or one MLP each) whose outputs are summed into one
             source (Block AttnRes, Eq. 5-6). 1 is Full AttnRes (Eq. 1-4). Any S up to the number of sublayers L is
@@ -276,7 +277,7 @@ def _resolve_backbone_config(backbone_config: Any) -> PreTrainedConfig:
             f"backbone_config of type {backbone_config.model_type!r} has num_hidden_layers={num_hidden_layers!r}; "
             "a decoder with at least one layer is needed."
         )
-    return backbone_config
+    return copy.deepcopy(backbone_config)  # it may be that of a model in use, whose attention would be reset with it
 
 
 def _check_range(field: str, value: Any, low: int, high: int, what: str) -> None:

@@ -312,6 +312,14 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
     for module in backbone.modules():  # device maps and FSDP find layers by the name of their class
         if isinstance(module, PreTrainedModel):
             module._no_split_modules = {renamed.get(name, name) for name in module._no_split_modules or ()}
+        if hasattr(module, "_maybe_slice_kv_shared_inputs"):
+            module._maybe_slice_kv_shared_inputs = keep_all_positions  # type: ignore[assignment]
+
+
+def keep_all_positions(*inputs: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """In the place of what lets Gemma 4 run the last layers of a prefill at the last position only: a state of depth
+    is no tensor that a position could be cut from."""
+    return inputs[:4]
 
 
 class AttnResPreTrainedModel(PreTrainedModel):
@@ -495,6 +503,15 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: AttnResConfig):
         super().__init__(config, AutoModelForCausalLM)
+
+    # Some backbones make a cache of their own, or drop it where their rotary scaling changes (Phi-3).
+    def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
+        return self.backbone._supports_default_dynamic_cache()
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        return self.backbone.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.get_output_embeddings()

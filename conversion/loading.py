@@ -113,7 +113,14 @@ def load_layer_by_layer(
     """
 
     def load_part(index: int | None) -> Any:
-        return load(_with_only(model_class, index), config, name, directory, dtype, stored_dtype=_stored_dtype(config))
+        part = _with_only(model_class, index)
+        try:
+            return load(part, config, name, directory, dtype, stored_dtype=_stored_dtype(config))
+        except ConversionError as error:
+            raise ConversionError(
+                f"{error} verify='sample' loads its first decoder layers alone, one at a time, which not every "
+                "architecture can do; use verify='full' or verify='none'."
+            ) from error
 
     def run_layer(index: int, *args: Any, **kwargs: Any) -> Any:
         model = load_part(index)

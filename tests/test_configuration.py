@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import COMMON, tiny_config
+import torch
+from tiny import COMMON, VOCAB_SIZE, random_tokens, tiny_config, tiny_model
 from transformers import AutoConfig, Qwen3Config
 
-from attnres import AttnResConfig, AttnResConfigError, AttnResError
+from attnres import AttnResConfig, AttnResConfigError, AttnResError, AttnResForCausalLM
 
 QWEN3 = {"model_type": "qwen3", **COMMON}
 
@@ -43,7 +44,7 @@ def test_backbone_config_may_be_object_dict_or_path(tmp_path: Path) -> None:
     backbone = tiny_config("qwen3")
     backbone.save_pretrained(tmp_path)
     configs = [AttnResConfig(backbone_config=given) for given in (backbone, backbone.to_dict(), str(tmp_path))]
-    assert configs[0].backbone_config is backbone
+    assert configs[0].backbone_config.to_dict() == backbone.to_dict()
     for config in configs:
         assert isinstance(config.backbone_config, Qwen3Config)
         assert config.backbone_config.hidden_size == 32
@@ -56,11 +57,11 @@ def test_generic_attributes_answer_from_the_backbone() -> None:
         assert getattr(config, name) == getattr(backbone, name)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "layer_types", "max_position_embeddings"):
         assert getattr(config, name) == getattr(backbone, name)
-    assert config.get_text_config() is backbone
-    assert config.get_text_config(decoder=True) is backbone
+    assert config.get_text_config() is config.backbone_config
+    assert config.get_text_config(decoder=True) is config.backbone_config
     config.vocab_size = 200
     config.use_cache = False
-    assert (backbone.vocab_size, backbone.use_cache) == (200, False)
+    assert (config.backbone_config.vocab_size, config.backbone_config.use_cache) == (200, False)
     assert "vocab_size" not in config.__dict__
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = config.no_such_thing
@@ -216,3 +217,16 @@ def test_registered_whatever_is_imported_first(imports: str) -> None:
 def test_import_does_not_pull_in_torch() -> None:
     program = "import transformers, attnres, sys; assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_given_configuration_is_left_alone() -> None:
+    """It may be that of a model in use, which reads its attention implementation from there."""
+    backbone = tiny_model("qwen3")
+    input_ids = random_tokens()
+    expected = backbone(input_ids).logits
+    config = AttnResConfig(backbone_config=backbone.config, vocab_size=7)
+    AttnResForCausalLM(config)
+    config.use_cache = False
+    assert backbone.config.vocab_size == VOCAB_SIZE
+    assert backbone.config.use_cache
+    assert torch.equal(backbone(input_ids).logits, expected)

@@ -204,6 +204,14 @@ def test_sample_runs_a_layer_of_each_kind(tmp_path: Path) -> None:
     assert report.verification.num_hidden_layers == 4  # three dense layers come before the first with experts
 
 
+@pytest.mark.parametrize("family", ["falcon_h1", "gemma4_text"])
+def test_sample_says_where_layers_cannot_be_loaded_alone(family: str, tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", family)
+    with pytest.raises(ConversionError, match="not every architecture can do; use verify='full' or verify='none'"):
+        convert(source, tmp_path / "converted", block_size=1, verify="sample")
+    assert not (tmp_path / "converted").exists()
+
+
 def test_sample_runs_the_first_blocks_only(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source", "llama", num_hidden_layers=9)
     report = convert(source, tmp_path / "converted", block_size=3, verify="sample")

@@ -38,6 +38,32 @@ def test_cached_decoding_equals_the_full_forward(family: str, block_size: int) -
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=2e-5, rtol=1e-4)
 
 
+LONGROPE = dict(
+    rope_parameters=dict(
+        rope_type="longrope",
+        rope_theta=10000.0,
+        short_factor=[1.0] * 4,
+        long_factor=[4.0] * 4,
+        short_mscale=1.0,
+        long_mscale=1.2,
+        original_max_position_embeddings=16,
+    ),
+    original_max_position_embeddings=16,
+    max_position_embeddings=64,
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "overrides"), [("minimax", {}), ("bamba", {}), ("phi3", LONGROPE), ("phimoe", LONGROPE)]
+)
+def test_what_a_backbone_does_with_its_cache_it_still_does(family: str, overrides: dict[str, Any]) -> None:
+    """MiniMax makes one of its own; Phi-3 starts anew where a sequence outgrows the short rotary scaling."""
+    backbone = tiny_model(family, **overrides)
+    input_ids = random_tokens()
+    assert torch.equal(retrofit(backbone).generate(input_ids, **GREEDY), backbone.generate(input_ids, **GREEDY))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("cache", ["dynamic", "static", "offloaded", "offloaded_static"])
 def test_caches(model: AttnResForCausalLM, cache: str) -> None:

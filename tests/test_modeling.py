@@ -184,6 +184,20 @@ def test_attention_implementations(implementation: str, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits, atol=1e-5, rtol=1e-4)
 
 
+def test_gemma4_layers_that_share_keys_and_values() -> None:
+    """The backbone skips all positions but the last of a prefill in front of them."""
+    layer_types = ["sliding_attention", "full_attention"] * 3
+    backbone = tiny_model("gemma4_text", num_kv_shared_layers=2, num_hidden_layers=6, layer_types=layer_types)
+    model = retrofit(backbone)
+    input_ids = random_tokens()
+    with torch.no_grad():
+        for keep in (0, 1, 3):
+            expected = backbone(input_ids, logits_to_keep=keep).logits
+            torch.testing.assert_close(model(input_ids, logits_to_keep=keep).logits, expected, atol=1e-5, rtol=1e-5)
+        kwargs = dict(max_new_tokens=8, do_sample=False, eos_token_id=-1)
+        assert torch.equal(model.generate(input_ids, **kwargs), backbone.generate(input_ids, **kwargs))
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -402,8 +416,9 @@ def test_embeddings_and_tied_head(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.eval()(random_tokens()).logits, model(random_tokens()).logits)
 
 
-def test_copies_and_pickles() -> None:
-    model = retrofit(tiny_model("qwen3"), random_queries=True)
+@pytest.mark.parametrize("family", ["qwen3", "gemma4_text", "stablelm"])
+def test_copies_and_pickles(family: str) -> None:
+    model = retrofit(tiny_model(family), random_queries=True)
     input_ids = random_tokens()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(input_ids).logits, model(input_ids).logits)
