@@ -89,12 +89,15 @@ def read_by_read(one_read: Callable[[list[torch.Tensor], torch.Tensor], torch.Te
 
 def ours(implementation: str) -> Reads:
     def reads(sources: tuple[torch.Tensor, ...], outputs: list[torch.Tensor], queries: torch.Tensor) -> Any:
-        settings = DepthSettings(len(queries), "mean", EPS, DEPTH_ATTENTION_FUNCTIONS[implementation], len(queries))
+        block = len(queries)
+        settings = DepthSettings(block, "mean", EPS, DEPTH_ATTENTION_FUNCTIONS[implementation], group_size=block)
+        written = (len(sources) - 1) * block  # what made these sources, with queries that do not matter any more
+        queries = torch.cat([queries.new_zeros(written, queries.shape[1]), queries])
         state, results = DepthState(sources), []
-        for index in range(len(queries)):
+        for index in range(block):
             if index:
                 state = state.write(outputs[index - 1], closes_block=False)
-            hidden_states, state = read(queries, state, index, settings)
+            hidden_states, state = read(queries, state, written + index, settings)
             results.append(hidden_states)
         return results
 

@@ -1,10 +1,12 @@
 """What depth attention costs: the time and memory of an AttnRes model over those of its backbone alone.
 
     python benchmarks/model_overhead.py --output results.json
-    python benchmarks/model_overhead.py --dtype bfloat16 --task decode --implementation two_phase
+    python benchmarks/model_overhead.py --dtype bfloat16 --task decode --implementation two_phase "two_phase, compiled"
 
 Backbone and AttnRes share one set of weights in one process and run in turn, A B B A ..., after a warm-up; each figure
-is the median of the ratios of neighbouring runs, with their quartiles.
+is the median of the ratios of neighbouring runs, with their quartiles. "Compiled" is against the compiled backbone, and
+decodes with a static cache. Peak memory is that of all tensors, the weights with them: on a CPU the sum over the
+allocations that PyTorch's profiler saw in one run, which is exact and depends on nothing else that runs.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen3Config
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen3Config, StaticCache
 
 from attnres import AttnResConfig, AttnResForCausalLM
 
@@ -31,7 +34,8 @@ SHAPES = {  # decoder layers, hidden, MLP, heads, key-value heads, head, vocabul
     "tiny": (4, 128, 256, 4, 2, 32, 1024),
 }
 BLOCKS = {"block": {"num_blocks": 8}, "full": {"block_size": 1}}
-CONTEXT = 512
+CONTEXT, DECODED = 512, 4
+COMPILED = ", compiled"
 
 
 def make_backbone(shape: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -77,8 +81,13 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def prefill(model: Any, length: int, device: str) -> Callable[[], Any]:
+def compiled(model: Any, **kwargs: Any) -> Any:
+    return torch.compile(model, dynamic=False, **kwargs)
+
+
+def prefill(model: Any, length: int, device: str, compiles: bool) -> Callable[[], Any]:
     input_ids = torch.randint(0, 1000, (1, length), device=device)
+    model = compiled(model) if compiles else model
 
     @torch.no_grad()
     def run() -> None:
@@ -87,27 +96,37 @@ def prefill(model: Any, length: int, device: str) -> Callable[[], Any]:
     return run
 
 
-def decode(model: Any, length: int, device: str, steps: int = 4) -> Callable[[], Any]:
-    """Some tokens at a context of `length`, with a dynamic cache."""
+def decode(model: Any, length: int, device: str, compiles: bool) -> Callable[[], Any]:
+    """Some tokens at a context of `length`."""
     token = torch.randint(0, 1000, (1, 1), device=device)
-    cache = DynamicCache(config=model.config.get_text_config())
+    config = model.config.get_text_config()
+    cache = StaticCache(config, max_cache_len=length + DECODED) if compiles else DynamicCache(config=config)
+    positions = [torch.tensor([[length + step]], device=device) for step in range(DECODED)]
     with torch.no_grad():
         model(torch.randint(0, 1000, (1, length), device=device), past_key_values=cache, logits_to_keep=1)
+    if compiles:
+        model = compiled(model, fullgraph=True)
+        lengths = [layer.cumulative_length.clone() for layer in cache.layers]
 
     @torch.no_grad()
     def run() -> None:
-        for step in range(steps):
-            model(token, past_key_values=cache, position_ids=torch.tensor([[length + step]], device=device))
-        cache.crop(-steps)
+        for position in positions:
+            model(token, past_key_values=cache, position_ids=position)
+        if not compiles:
+            cache.crop(-DECODED)
+        else:
+            for layer, written in zip(cache.layers, lengths):
+                layer.cumulative_length.copy_(written)
 
     return run
 
 
-def train(model: Any, length: int, device: str) -> Callable[[], Any]:
+def train(model: Any, length: int, device: str, compiles: bool) -> Callable[[], Any]:
     input_ids = torch.randint(0, 1000, (1, length), device=device)
+    step = compiled(model) if compiles else model
 
     def run() -> None:
-        model(input_ids, labels=input_ids, use_cache=False).loss.backward()
+        step(input_ids, labels=input_ids, use_cache=False).loss.backward()
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -120,6 +139,23 @@ TASKS: dict[str, tuple[Callable[..., Any], int]] = {
     "decode": (decode, CONTEXT),
     "training step": (train, 512),
 }
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """The most memory that tensors take during a run beyond those that were there before it."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    taken = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            taken += event.nbytes()
+            peak = max(peak, taken)
+    return peak
 
 
 def ratios(
@@ -148,8 +184,9 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--task", nargs="+", default=list(TASKS))
     parser.add_argument("--kind", nargs="+", choices=BLOCKS, default=list(BLOCKS))
-    parser.add_argument("--implementation", nargs="+", default=["eager", "two_phase"])
+    parser.add_argument("--implementation", nargs="+", default=["eager", "two_phase", f"two_phase{COMPILED}"])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--machine", default=platform.machine(), help="what to call the machine in the report")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
@@ -161,16 +198,14 @@ def main() -> None:
             task, length = TASKS[name]
             for kind in arguments.kind:
                 for implementation in arguments.implementation:
-                    base, _, compiled = implementation.partition(" ")
-                    if compiled and task is decode:
-                        continue  # would need a static cache on both sides
-                    models = [backbone, make_attnres(backbone, kind, base)]
-                    if compiled:
-                        torch._dynamo.reset()
-                        models = [torch.compile(model) for model in models]
-                    runs = [task(model, length, arguments.device) for model in models]
+                    compiles = implementation.endswith(COMPILED)
+                    model = make_attnres(backbone, kind, implementation.removesuffix(COMPILED))
+                    torch._dynamo.reset()
+                    runs = [task(m, length, arguments.device, compiles) for m in (backbone, model)]
                     values, seconds = ratios(*runs, arguments.device, arguments.repeats)
                     low, middle, high = statistics.quantiles(values, n=4)
+                    weights = sum(p.nbytes for p in backbone.parameters())
+                    peaks = [weights + peak_bytes(run, arguments.device) for run in runs]
                     rows.append(
                         {
                             "dtype": dtype,
@@ -180,19 +215,27 @@ def main() -> None:
                             "ratio": round(middle, 4),
                             "quartiles": [round(low, 4), round(high, 4)],
                             "backbone_seconds": round(seconds, 5),
+                            "peak_memory_ratio": round(peaks[1] / peaks[0], 4),
+                            "backbone_peak_bytes": peaks[0],
                         }
                     )
                     console.print(rows[-1])
 
-    table = Table("dtype", "task", "AttnRes", "implementation", "ratio", "quartiles", "backbone")
+    table = Table("dtype", "task", "AttnRes", "implementation", "time", "quartiles", "backbone", "peak memory")
     for row in rows:
         names = (row[name] for name in ("dtype", "task", "kind", "implementation"))
         quartiles = "{:.3f} to {:.3f}".format(*row["quartiles"])
-        table.add_row(*names, f"{row['ratio']:.3f}", quartiles, f"{row['backbone_seconds'] * 1e3:.1f} ms")
+        table.add_row(
+            *names,
+            f"{row['ratio']:.3f}",
+            quartiles,
+            f"{row['backbone_seconds'] * 1e3:.1f} ms",
+            f"{row['peak_memory_ratio']:.3f}",
+        )
     console.print(table)
     if arguments.output:
         report = {
-            "hardware": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
+            "hardware": torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.machine,
             "threads": torch.get_num_threads(),
             "shape": arguments.shape,
             "torch": torch.__version__,
