@@ -290,9 +290,14 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
     """Turns the decoder layers of `backbone` into [`AttnResDecoderLayer`]s, in place; no parameter is touched.
 
     Raises:
-        UnsupportedBackboneError: the family is not supported.
+        UnsupportedBackboneError: the family is not supported, or its layers are dropped in training.
     """
     structure = supported_backbone(config.backbone_config.model_type)
+    if layerdrop := getattr(config.backbone_config, "layerdrop", 0):
+        raise UnsupportedBackboneError(
+            f"backbone_config has layerdrop={layerdrop}: in training, decoder layers would be left out, whose outputs "
+            "are sources that later ones read; set layerdrop=0."
+        )
     layers = decoder_layers(backbone)
     sublayers = config.num_sublayers // len(layers)
     renamed: dict[str, str] = {}

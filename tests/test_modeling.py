@@ -456,6 +456,12 @@ def test_refused_family_is_refused_by_name() -> None:
         AttnResForCausalLM(config)
 
 
+def test_layerdrop_is_refused() -> None:
+    config = AttnResConfig(backbone_config=tiny_config("xglm", layerdrop=0.1))
+    with pytest.raises(UnsupportedBackboneError, match="layerdrop=0.1.*set layerdrop=0"):
+        AttnResForCausalLM(config)
+
+
 class OtherLayer(Qwen3DecoderLayer):
     use = "adds once more"
 
