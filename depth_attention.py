@@ -59,8 +59,9 @@ class DepthState(NamedTuple):
 
     def write(self, output: torch.Tensor, closes_block: bool) -> DepthState:
         """Adds a sublayer's output, `[batch, sequence, hidden]`, to the open block (Eq. 5), and closes the block if
-        this was its last sublayer. Sources keep the dtype of the embedding, also under autocast."""
-        output = output.to(self.sources[0].dtype)
+        this was its last sublayer. Sources keep the dtype of the embedding, also under autocast, and are contiguous,
+        whatever layout a sublayer (a convolution, for one) gave its output."""
+        output = output.to(self.sources[0].dtype).contiguous()
         total = output if self.partial_sum is None else self.partial_sum + output
         if closes_block:
             return self._replace(sources=(*self.sources, total), partial_sum=None)
