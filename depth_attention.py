@@ -231,11 +231,11 @@ class TwoPhaseDepthAttention:
     @staticmethod
     def prepare(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> DepthState:
         sources, known = state.sources, state.inverse_rms
-        num_known = 0 if known is None else known.shape[-1]
-        if num_known < len(sources):
+        if known is None or known.shape[-1] < len(sources):
+            new = sources if known is None else sources[known.shape[-1] :]
             with torch.no_grad():  # its part of the gradient is in that of the phases
-                new = [inverse_rms(source, settings.key_norm_eps).unsqueeze(-1) for source in sources[num_known:]]
-                known = torch.cat(new if known is None else [known, *new], dim=-1)
+                found = [inverse_rms(source, settings.key_norm_eps).unsqueeze(-1) for source in new]
+                known = torch.cat(found if known is None else [known, *found], dim=-1)
             state = state._replace(inverse_rms=known)
         if not state.phase_one:
             queries = queries[num_written:][: settings.reads_left(num_written, len(queries))]
@@ -253,11 +253,13 @@ class TwoPhaseDepthAttention:
         if not own:
             return output.to(state.sources[0].dtype)
         num_finished = len(own) - (state.partial_sum is not None)
-        known = state.inverse_rms[..., -num_finished:].unbind(-1) if num_finished else ()
+        known: tuple[torch.Tensor, ...] = ()
+        if num_finished and state.inverse_rms is not None:
+            known = state.inverse_rms[..., -num_finished:].unbind(-1)
         scale = settings.scale(len(state.sources) + len(own) - num_finished)
         query = queries[num_written]
         if needs_grad(query, output, *own):
-            return PhaseTwo.apply(query, scale, settings.key_norm_eps, output, log_sum_exp, num_finished, *known, *own)
+            return PhaseTwo.apply(query, scale, settings.key_norm_eps, output, log_sum_exp, len(known), *known, *own)
         return phase_two_forward(query, scale, settings.key_norm_eps, output, log_sum_exp, known, own)
 
 
@@ -347,7 +349,7 @@ def phase_one_forward(
     return (*outputs.view(*shape, reads, hidden).unbind(-2), *log_sum_exps.view(*shape, reads).unbind(-1))
 
 
-def stacked(tensors: Sequence[torch.Tensor], chunk: slice) -> torch.Tensor:
+def stacked(tensors: tuple[torch.Tensor, ...] | list[torch.Tensor], chunk: slice) -> torch.Tensor:
     """A chunk of the tokens of several tensors `[batch, sequence, hidden]`: `[tokens, tensors, hidden]`, up-cast."""
     if chunk == slice(None):
         return upcast(torch.stack(tensors, dim=-2).flatten(0, -3))
@@ -410,7 +412,8 @@ def phase_two_merge(
     """[`phase_two_forward`] of tokens that are few enough to be up-cast at once."""
     for index, value in enumerate(own):
         value = upcast(value)
-        product, scale_of_key = value @ query, known[index] if index < len(known) else inverse_rms(value, eps)
+        product = value @ query
+        scale_of_key = known[index] if index < len(known) else inverse_rms(value, eps)
         share = torch.addcmul(log_sum_exp, product, scale_of_key, value=-1).sigmoid_()  # of what came before
         output = torch.lerp(value, output, share.unsqueeze(-1))
         if index + 1 < len(own):
