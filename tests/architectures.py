@@ -1,6 +1,6 @@
 """The table in docs/architectures.md: every causal language model of Transformers, supported, or refused and why.
 
-`python tests/architectures.py` writes it; `test_architectures.py` fails if it is stale.
+`python tests/architectures.py` writes and prints it; `test_architectures.py` fails if it is stale.
 """
 
 from __future__ import annotations
@@ -67,3 +67,4 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    print(page())
