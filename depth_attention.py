@@ -67,6 +67,12 @@ class DepthState(NamedTuple):
             return self._replace(sources=(*self.sources, total), partial_sum=None)
         return self._replace(partial_sum=total)
 
+    def scaled(self, factor: Any) -> DepthState:
+        """All sources times a number or a tensor `[hidden]`, in their dtype; what phases knew of them is void."""
+        sources = tuple((source * factor).to(source.dtype) for source in self.sources)
+        partial_sum = None if self.partial_sum is None else (self.partial_sum * factor).to(self.partial_sum.dtype)
+        return DepthState(sources, partial_sum)
+
     def flatten(self) -> tuple[torch.Tensor, ...]:
         """The tensors of the state in a row, as they cross the boundary of a decoder layer."""
         optional = (tensor for tensor in (self.partial_sum, self.inverse_rms) if tensor is not None)

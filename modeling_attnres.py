@@ -73,7 +73,7 @@ class ResidualStream:
     decoder layer.
     """
 
-    __slots__ = ("base", "depth_query", "num_written", "output", "recorder", "settings", "state", "value")
+    __slots__ = ("depth_query", "num_written", "output", "recorder", "settings", "state", "value")
 
     def __init__(
         self,
@@ -82,13 +82,11 @@ class ResidualStream:
         recorder: DepthRecorder | None,
         state: DepthState,
         num_written: int,
-        base: torch.Tensor | None = None,
         output: torch.Tensor | None = None,
     ):
         self.settings, self.depth_query, self.recorder = settings, depth_query, recorder
         self.state, self.num_written = state, num_written
-        self.base = base  # what was read before `output`
-        self.output = output  # what was added since, not yet written
+        self.output = output  # what was added, not yet written
         self.value: torch.Tensor | None = None
 
     def settle(self) -> DepthState:
@@ -110,22 +108,16 @@ class ResidualStream:
             self.value, self.state = read(self.depth_query, state, self.num_written, settings)
         return self.value
 
-    def write(self, output: torch.Tensor, base: torch.Tensor | None) -> ResidualStream:
-        return ResidualStream(
-            self.settings, self.depth_query, self.recorder, self.state, self.num_written, base, output
-        )
+    def follow(self, state: DepthState, output: torch.Tensor | None = None) -> ResidualStream:
+        return ResidualStream(self.settings, self.depth_query, self.recorder, state, self.num_written, output)
 
     def add(self, output: torch.Tensor) -> ResidualStream:
-        if self.output is not None:
-            return self.write(self.output + output, self.base)
-        return self.write(output, self.read())
+        return self.follow(self.state, output if self.output is None else self.output + output)
 
     def mul(self, factor: Any) -> ResidualStream:
-        """A scaled stream: written is what makes the difference."""
-        if self.output is not None and self.base is not None:
-            return self.write((self.base + self.output) * factor - self.base, self.base)
-        value = self.read()
-        return self.write(value * factor - value, value)
+        """A scaled stream is one whose sources are scaled, all that was written so far."""
+        state = self.settle()
+        return self.follow(state.scaled(factor))
 
     __add__ = __radd__ = add
     __mul__ = __rmul__ = mul

@@ -178,6 +178,23 @@ def test_writing_leaves_the_old_state_alone() -> None:
     torch.testing.assert_close(closed.sources[1], second + third)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_scaled_sources_give_scaled_reads(implementation: str) -> None:
+    """As a decoder asks for that scales its residual; weights stay, since keys are normalised."""
+    queries, leaves = torch.randn(9, HIDDEN), [torch.randn(2, 5, HIDDEN) for _ in range(6)]
+    settings = DepthSettings.of(make_config(2, mix="sum", depth_attention_implementation=implementation))
+    reads = []
+    for factor in (1.0, 0.25):
+        state = DepthState((leaves[0],))
+        for index, leaf in enumerate(leaves[1:]):
+            _, state = read(queries, state, index, settings)
+            state = state.write(leaf * (factor if index == 4 else 1), closes_block=(index + 1) % 2 == 0)
+            if index == 3:
+                state = state.scaled(factor)
+        reads.append(read(queries, state, 5, settings)[0])
+    torch.testing.assert_close(reads[1], 0.25 * reads[0], atol=1e-4, rtol=1e-4)
+
+
 def test_folded_query_is_float32() -> None:
     depth_attention = DepthAttention(make_config(2)).bfloat16()
     assert depth_attention().dtype == torch.float32
