@@ -25,7 +25,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -167,6 +167,20 @@ def flatten_tuples(value: Any) -> tuple[list[Any], Any]:
     return tree_flatten(value, is_leaf=lambda part: not isinstance(part, tuple))
 
 
+def checkpoint_apart(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    """Re-entrant checkpointing gives gradients only to tensors that are arguments or results themselves, so tuples are
+    taken apart around it."""
+    leaves, structure = flatten_tuples(args)
+    structures = []
+
+    def run(*leaves: Any) -> tuple[Any, ...]:
+        outputs, structure_of_outputs = flatten_tuples(function(*tree_unflatten(leaves, structure)))
+        structures.append(structure_of_outputs)
+        return tuple(outputs)
+
+    return tree_unflatten(checkpoint(run, *leaves), structures[0])
+
+
 class AttnResDecoderLayer(GradientCheckpointingLayer):
     """A decoder layer of the backbone whose own forward, unchanged, runs on a [`ResidualStream`].
 
@@ -183,7 +197,6 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
     first_sublayer: int
     next_sublayer: int
     input_name: str
-    checkpoint_function: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden_states, *others = args or (kwargs.pop(self.input_name),)
@@ -231,27 +244,10 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         hidden_states = leaving.read() if leaving.num_written == self.num_sublayers else state.flatten()
         return (hidden_states, *outputs[1:]) if isinstance(outputs, tuple) else hidden_states
 
-    @property
-    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
-        return self.checkpoint
-
-    @_gradient_checkpointing_func.setter
-    def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
-        self.checkpoint_function = function
-
-    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Re-entrant checkpointing gives gradients only to tensors that are arguments or results themselves, so tuples
-        are taken apart around it."""
-        leaves, structure = flatten_tuples(args)
-        structures = []
-
-        def run(*leaves: Any) -> tuple[Any, ...]:
-            outputs, structure_of_outputs = flatten_tuples(function(*tree_unflatten(leaves, structure)))
-            structures.append(structure_of_outputs)
-            return tuple(outputs)
-
-        outputs = self.checkpoint_function(run, *leaves)
-        return tree_unflatten(outputs, structures[0])
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_gradient_checkpointing_func" and getattr(value, "func", None) is not checkpoint_apart:
+            value = partial(checkpoint_apart, value)
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"(reads): {self.first_sublayer}-{self.next_sublayer - 1}"
