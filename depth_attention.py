@@ -43,6 +43,8 @@ class DepthState(NamedTuple):
             Finished sources v_0 ... v_{n-1}, each `[batch, sequence, hidden]`.
         partial_sum (`torch.Tensor`, *optional*):
             Sum of the outputs written to the open block, `[batch, sequence, hidden]`; `None` at a block boundary.
+        addend (`torch.Tensor`, *optional*):
+            The last output, `[batch, sequence, hidden]`, where adding it to the partial sum is left to the next read.
         inverse_rms (`torch.Tensor`, *optional*):
             1 / rms of the finished sources, `[batch, sequence, sources]`, float32, for `"two_phase"`; it lacks a source
             that was finished after the last read.
@@ -54,41 +56,56 @@ class DepthState(NamedTuple):
 
     sources: tuple[torch.Tensor, ...]
     partial_sum: torch.Tensor | None = None
+    addend: torch.Tensor | None = None
     inverse_rms: torch.Tensor | None = None
     phase_one: tuple[torch.Tensor, ...] = ()
 
-    def write(self, output: torch.Tensor, closes_block: bool) -> DepthState:
+    def write(self, output: torch.Tensor, closes_block: bool, at_once: bool = True) -> DepthState:
         """Adds a sublayer's output, `[batch, sequence, hidden]`, to the open block (Eq. 5), and closes the block if
-        this was its last sublayer. Sources keep the dtype of the embedding, also under autocast, and are contiguous,
-        whatever layout a sublayer (a convolution, for one) gave its output."""
-        output = output.to(self.sources[0].dtype).contiguous()
-        total = output if self.partial_sum is None else self.partial_sum + output
+        this was its last sublayer. Unless `at_once`, it becomes the `addend` of a block that has a partial sum and
+        stays open. Sources keep the dtype of the embedding, also under autocast, and are contiguous, whatever layout a
+        sublayer (a convolution, for one) gave its output."""
+        output, state = output.to(self.sources[0].dtype).contiguous(), self.added()
+        if state.partial_sum is None:
+            total = output
+        elif at_once or closes_block:
+            total = state.partial_sum + output
+        else:
+            return state._replace(addend=output)
         if closes_block:
-            return self._replace(sources=(*self.sources, total), partial_sum=None)
-        return self._replace(partial_sum=total)
+            return state._replace(sources=(*state.sources, total), partial_sum=None)
+        return state._replace(partial_sum=total)
+
+    def added(self) -> DepthState:
+        """The same state, with its addend in the partial sum."""
+        if self.addend is None or self.partial_sum is None:
+            return self
+        return self._replace(partial_sum=self.partial_sum + self.addend, addend=None)
 
     def scaled(self, factor: Any) -> DepthState:
         """All sources times a number or a tensor `[hidden]`, in their dtype; what phases knew of them is void."""
-        sources = tuple((source * factor).to(source.dtype) for source in self.sources)
-        partial_sum = None if self.partial_sum is None else (self.partial_sum * factor).to(self.partial_sum.dtype)
-        return DepthState(sources, partial_sum)
+        sources, partial_sum, *_ = self.added()
+        sources = tuple((source * factor).to(source.dtype) for source in sources)
+        return DepthState(sources, None if partial_sum is None else (partial_sum * factor).to(partial_sum.dtype))
 
-    def flatten(self) -> tuple[torch.Tensor, ...]:
-        """The tensors of the state in a row, as they cross the boundary of a decoder layer."""
-        optional = (tensor for tensor in (self.partial_sum, self.inverse_rms) if tensor is not None)
-        return (*self.sources, *optional, *self.phase_one)
 
-    @classmethod
-    def unflatten(cls, tensors: tuple[torch.Tensor, ...], num_written: int, block_size: int) -> DepthState:
-        """The inverse of [`~DepthState.flatten`]: after `num_written` sublayers the structure of a state is known."""
-        num_sources = 1 + num_written // block_size
-        sources, rest = tuple(tensors[:num_sources]), tuple(tensors[num_sources:])
-        partial_sum = None
-        if num_written % block_size > 0:
-            partial_sum, rest = rest[0], rest[1:]
-        # Phase one comes in pairs.
-        inverse_rms, phase_one = (rest[0], rest[1:]) if len(rest) % 2 else (None, rest)
-        return cls(sources, partial_sum, inverse_rms, phase_one)
+class Norm(NamedTuple):
+    """The RMSNorm behind a read.
+
+    Attributes:
+        weight (`torch.Tensor`): what the normalised hidden states are multiplied by, `[hidden]`.
+        eps (`float`): its epsilon.
+    """
+
+    weight: torch.Tensor
+    eps: float
+
+
+def normed(hidden_states: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    """The hidden states, normed where there is a norm."""
+    if norm is None:
+        return hidden_states
+    return nn.functional.rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.eps)
 
 
 class DepthAttention(nn.Module):
@@ -191,43 +208,39 @@ class EagerDepthAttention:
     """The reference: every read looks at every source anew, as the equations are written."""
 
     @staticmethod
-    def prepare(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> DepthState:
-        """Called before every read; here, nothing is computed ahead.
+    def fuses(state: DepthState) -> bool:
+        """Whether a read takes an addition before it and a norm behind it into its own pass over memory. If so, sources
+        are written with `at_once=False`, and RMSNorms that follow a read are handed to it."""
+        return False
+
+    @staticmethod
+    def read(
+        queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings, norm: Norm | None = None
+    ) -> tuple[torch.Tensor, DepthState]:
+        """One read (Eq. 1 and 6).
 
         Args:
             queries (`torch.Tensor`): folded queries of all reads, `[reads, hidden]`, float32.
             state (`DepthState`): the state after `num_written` sublayers.
             num_written (`int`): how many sublayers have written.
-            settings (`DepthSettings`): what the reads depend on.
-
-        Returns:
-            `DepthState`: the state, with what [`~EagerDepthAttention.read`] wants to find in it.
-        """
-        return state
-
-    @staticmethod
-    def read(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> torch.Tensor:
-        """One read (Eq. 1 and 6).
-
-        Args:
-            queries (`torch.Tensor`): folded queries of all reads, `[reads, hidden]`, float32.
-            state (`DepthState`): what [`~EagerDepthAttention.prepare`] returned.
-            num_written (`int`): how many sublayers have written.
             settings (`DepthSettings`): what the read depends on.
+            norm (`Norm`, *optional*): what the hidden states are to be normed by.
 
         Returns:
-            `torch.Tensor`: `[batch, sequence, hidden]` in the dtype of the sources.
+            `tuple[torch.Tensor, DepthState]`: the hidden states, `[batch, sequence, hidden]` in the dtype of the
+            sources, and the state, with what later reads want to find in it.
         """
+        state = state.added()
         values = state.sources if state.partial_sum is None else (*state.sources, state.partial_sum)
         if len(values) == 1:  # the softmax over one source is 1
-            return values[0]
+            return normed(values[0], norm), state
         weights = depth_weights(queries[num_written], state.sources, state.partial_sum, settings.key_norm_eps)
         if settings.mix == "sum":
             weights = weights * len(values)
         hidden_states = torch.zeros_like(upcast(values[0]))
         for weight, value in zip(weights.unbind(-1), values):
             hidden_states = hidden_states + weight.unsqueeze(-1) * upcast(value)
-        return hidden_states.to(values[0].dtype)
+        return normed(hidden_states.to(values[0].dtype), norm), state
 
 
 class TwoPhaseDepthAttention:
@@ -235,7 +248,12 @@ class TwoPhaseDepthAttention:
     group has added since with what that gave. Same arguments and results as [`EagerDepthAttention`]."""
 
     @staticmethod
+    def fuses(state: DepthState) -> bool:
+        return False
+
+    @staticmethod
     def prepare(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> DepthState:
+        """The state with 1 / rms of all sources and phase one of the open group."""
         sources, known = state.sources, state.inverse_rms
         if known is None or known.shape[-1] < len(sources):
             new = sources if known is None else sources[known.shape[-1] :]
@@ -254,19 +272,24 @@ class TwoPhaseDepthAttention:
         return state
 
     @staticmethod
-    def read(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> torch.Tensor:
+    def read(
+        queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings, norm: Norm | None = None
+    ) -> tuple[torch.Tensor, DepthState]:
+        state = TwoPhaseDepthAttention.prepare(queries, state.added(), num_written, settings)
         output, log_sum_exp, own = to_merge(queries, state, num_written, settings)
         if not own:
-            return output.to(state.sources[0].dtype)
+            return normed(output.to(state.sources[0].dtype), norm), state
         num_finished = len(own) - (state.partial_sum is not None)
         known: tuple[torch.Tensor, ...] = ()
         if num_finished and state.inverse_rms is not None:
             known = state.inverse_rms[..., -num_finished:].unbind(-1)
         scale = settings.scale(len(state.sources) + len(own) - num_finished)
-        query = queries[num_written]
+        query, eps = queries[num_written], settings.key_norm_eps
         if needs_grad(query, output, *own):
-            return PhaseTwo.apply(query, scale, settings.key_norm_eps, output, log_sum_exp, len(known), *known, *own)
-        return phase_two_forward(query, scale, settings.key_norm_eps, output, log_sum_exp, known, own)
+            hidden_states = PhaseTwo.apply(query, scale, eps, output, log_sum_exp, len(known), *known, *own)
+        else:
+            hidden_states = phase_two_forward(query, scale, eps, output, log_sum_exp, known, own)
+        return normed(hidden_states, norm), state
 
 
 def to_merge(
@@ -522,30 +545,31 @@ class TritonDepthAttention:
     [`EagerDepthAttention`]; raises [`AttnResError`] where Triton is missing, or sources are elsewhere."""
 
     @staticmethod
-    def prepare(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> DepthState:
-        if state.phase_one:
-            return state
-        from .depth_attention_triton import phase_one
-
-        queries = queries[num_written:][: settings.reads_left(num_written, len(queries))]
-        first_scale = settings.scale(len(state.sources)) if state.partial_sum is None else 1
-        return state._replace(phase_one=phase_one(queries, state.sources, first_scale, settings.key_norm_eps))
+    def fuses(state: DepthState) -> bool:
+        return True
 
     @staticmethod
-    def read(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> torch.Tensor:
+    def read(
+        queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings, norm: Norm | None = None
+    ) -> tuple[torch.Tensor, DepthState]:
         from .depth_attention_triton import phase_one, phase_two
 
-        eps = settings.key_norm_eps
-        query, (output, log_sum_exp, own) = queries[num_written], to_merge(queries, state, num_written, settings)
+        query, eps = queries[num_written], settings.key_norm_eps
+        if not state.phase_one:
+            of_group = queries[num_written:][: settings.reads_left(num_written, len(queries))]
+            first_scale = settings.scale(len(state.sources)) if state.partial_sum is None else 1
+            state = state._replace(phase_one=phase_one(of_group, state.sources, first_scale, eps))
+        output, log_sum_exp, own = to_merge(queries, state, num_written, settings)
         if not own:
-            return output.to(state.sources[0].dtype)
+            return normed(output.to(state.sources[0].dtype), norm), state
         if len(own) > 1:  # phase two merges one source; what the group has before it is a phase one of its own
             of_own, log_sum_exp_of_own = phase_one(query.unsqueeze(0), own[:-1], 1, eps)
             share = torch.sigmoid(log_sum_exp_of_own - log_sum_exp)
             output = torch.lerp(output, of_own, share.unsqueeze(-1))
             log_sum_exp = torch.logaddexp(log_sum_exp, log_sum_exp_of_own)
         scale = settings.scale(len(state.sources) + (state.partial_sum is not None))
-        return phase_two(output, log_sum_exp, own[-1], query, scale, eps)
+        hidden_states, total = phase_two(output, log_sum_exp, own[-1], query, scale, eps, state.addend, norm)
+        return hidden_states, state if state.addend is None else state._replace(partial_sum=total, addend=None)
 
 
 HAS_TRITON = find_spec("triton") is not None
@@ -556,12 +580,14 @@ class AutoDepthAttention:
     layers of a model may be on different devices."""
 
     @staticmethod
-    def prepare(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> DepthState:
-        return AutoDepthAttention.choose(state).prepare(queries, state, num_written, settings)
+    def fuses(state: DepthState) -> bool:
+        return AutoDepthAttention.choose(state).fuses(state)
 
     @staticmethod
-    def read(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> torch.Tensor:
-        return AutoDepthAttention.choose(state).read(queries, state, num_written, settings)
+    def read(
+        queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings, norm: Norm | None = None
+    ) -> tuple[torch.Tensor, DepthState]:
+        return AutoDepthAttention.choose(state).read(queries, state, num_written, settings, norm)
 
     @staticmethod
     def choose(state: DepthState) -> type[TwoPhaseDepthAttention] | type[TritonDepthAttention]:
@@ -582,7 +608,7 @@ DEPTH_ATTENTION_FUNCTIONS: dict[str, DepthAttentionImplementation] = {
 
 
 def read(
-    queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings
+    queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings, norm: Norm | None = None
 ) -> tuple[torch.Tensor, DepthState]:
     """The read in front of sublayer `num_written` (the output read, when all are written).
 
@@ -591,6 +617,7 @@ def read(
         state (`DepthState`): the state after `num_written` sublayers.
         num_written (`int`): how many sublayers have written; also the index of this read.
         settings (`DepthSettings`): block size, mix, eps, implementation and group size.
+        norm (`Norm`, *optional*): the RMSNorm behind the read, if the read is to do it.
 
     Returns:
         `tuple[torch.Tensor, DepthState]`: the hidden states `[batch, sequence, hidden]`, and the state, which holds
@@ -598,9 +625,8 @@ def read(
     """
     if torch.is_autocast_enabled(queries.device.type):  # it would take the products in half precision
         with torch.autocast(queries.device.type, enabled=False):
-            return read(queries, state, num_written, settings)
-    state = settings.implementation.prepare(queries, state, num_written, settings)
-    hidden_states = settings.implementation.read(queries, state, num_written, settings)
+            return read(queries, state, num_written, settings, norm)
+    hidden_states, state = settings.implementation.read(queries, state, num_written, settings, norm)
     if state.phase_one and (num_written + 1) % settings.group_size == 0:
         state = state._replace(phase_one=())
     return hidden_states, state

@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 from .configuration_attnres import AttnResError
+from .depth_attention import Norm
 
 try:
     import triton
@@ -707,8 +708,11 @@ def phase_two(
     query: torch.Tensor,
     scale: int,
     eps: float,
-) -> torch.Tensor:
-    """Phase two: one read's merge of phase one with the partial sum by online softmax, with gradients.
+    addend: torch.Tensor | None = None,
+    norm: Norm | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Phase two: one read's merge of phase one with the partial sum by online softmax, in one pass with the addition
+    before it and the RMSNorm behind it, with gradients.
 
     Args:
         output (`torch.Tensor`): normalised output of phase one, `[..., hidden]`, in the dtype of `query`.
@@ -717,51 +721,13 @@ def phase_two(
         query (`torch.Tensor`): folded query `[hidden]`, float32 or float64.
         scale (`int`): factor of the result.
         eps (`float`): epsilon of the RMSNorm on the keys.
+        addend (`torch.Tensor`, *optional*): what the partial sum lacks, `[..., hidden]`, taken in its dtype.
+        norm (`Norm`, *optional*): the norm; hidden states are not rounded before it.
 
     Returns:
-        `torch.Tensor`: hidden states `[..., hidden]` in the dtype of `partial_sum`.
+        `tuple[torch.Tensor, torch.Tensor]`: (normed) hidden states, and the partial sum with its addend, both
+        `[..., hidden]` in the dtype of `partial_sum`.
     """
-    return PhaseTwo.apply(output, log_sum_exp, partial_sum, None, query, None, scale, eps, 0.0)[0]
-
-
-def phase_two_add(
-    output: torch.Tensor,
-    log_sum_exp: torch.Tensor,
-    partial_sum: torch.Tensor,
-    sublayer_output: torch.Tensor,
-    query: torch.Tensor,
-    scale: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`phase_two`] of `partial_sum + sublayer_output`, in one pass.
-
-    Args:
-        sublayer_output (`torch.Tensor`): `[..., hidden]`, taken in the dtype of `partial_sum`.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: hidden states and the new partial sum, both `[..., hidden]`.
-    """
-    return PhaseTwo.apply(output, log_sum_exp, partial_sum, sublayer_output, query, None, scale, eps, 0.0)
-
-
-def phase_two_add_norm(
-    output: torch.Tensor,
-    log_sum_exp: torch.Tensor,
-    partial_sum: torch.Tensor,
-    sublayer_output: torch.Tensor,
-    query: torch.Tensor,
-    norm_weight: torch.Tensor,
-    scale: int,
-    eps: float,
-    norm_eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`phase_two_add`] with the RMSNorm that follows, in one pass; hidden states are not rounded in between.
-
-    Args:
-        norm_weight (`torch.Tensor`): what the normalised states are multiplied by, `[hidden]`.
-        norm_eps (`float`): epsilon of that norm.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: normed hidden states and the new partial sum, both `[..., hidden]`.
-    """
-    return PhaseTwo.apply(output, log_sum_exp, partial_sum, sublayer_output, query, norm_weight, scale, eps, norm_eps)
+    weight, norm_eps = (None, 0.0) if norm is None else norm
+    results = PhaseTwo.apply(output, log_sum_exp, partial_sum, addend, query, weight, scale, eps, norm_eps)
+    return results if addend is not None else (*results, partial_sum)

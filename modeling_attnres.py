@@ -48,7 +48,7 @@ from .configuration_attnres import (
     UnsupportedBackboneError,
     supported_backbone,
 )
-from .depth_attention import DepthAttention, DepthSettings, DepthState, depth_weights, read
+from .depth_attention import DepthAttention, DepthSettings, DepthState, Norm, depth_weights, read
 
 
 @dataclass
@@ -93,20 +93,27 @@ class ResidualStream:
         """Writes what was added, if anything was."""
         if self.output is not None:
             self.num_written += 1
-            self.state = self.state.write(self.output, self.num_written % self.settings.block_size == 0)
+            at_once = not self.settings.implementation.fuses(self.state)
+            self.state = self.state.write(self.output, self.num_written % self.settings.block_size == 0, at_once)
             self.output = None
         return self.state
 
     def read(self) -> torch.Tensor:
         """The read at this point of depth, `[batch, sequence, hidden]`; the same tensor each time."""
         if self.value is None:
-            state, settings, recorder = self.settle(), self.settings, self.recorder
-            if recorder is not None and recorder.depth_attentions is not None:
-                query = self.depth_query[self.num_written]
-                weights = depth_weights(query, state.sources, state.partial_sum, settings.key_norm_eps)
-                recorder.depth_attentions.append(weights)
-            self.value, self.state = read(self.depth_query, state, self.num_written, settings)
+            self.value = self.read_normed(None)
         return self.value
+
+    def read_normed(self, norm: Norm | None) -> torch.Tensor:
+        """The read, and the norm behind it if there is one, at once."""
+        state, settings, recorder = self.settle(), self.settings, self.recorder
+        attentions = None if recorder is None else recorder.depth_attentions
+        if attentions is not None and len(attentions) == self.num_written:
+            query, state = self.depth_query[self.num_written], state.added()
+            weights = depth_weights(query, state.sources, state.partial_sum, settings.key_norm_eps)
+            attentions.append(weights)
+        hidden_states, self.state = read(self.depth_query, state, self.num_written, settings, norm)
+        return hidden_states
 
     def follow(self, state: DepthState, output: torch.Tensor | None = None) -> ResidualStream:
         return ResidualStream(self.settings, self.depth_query, self.recorder, state, self.num_written, output)
@@ -159,6 +166,8 @@ def read_streams(module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[s
     """Whoever is handed a stream, reads it; a pre-hook of the children of decoder layers."""
     if not any(type(arg) is ResidualStream for arg in (*args, *kwargs.values())):
         return args, kwargs
+    if isinstance(module, AttnResRMSNorm) and module.can_read(*args):
+        return args, kwargs
     args = tuple(arg.read() if isinstance(arg, ResidualStream) else arg for arg in args)
     return args, {name: arg.read() if isinstance(arg, ResidualStream) else arg for name, arg in kwargs.items()}
 
@@ -181,12 +190,36 @@ def checkpoint_apart(checkpoint: Callable[..., Any], function: Callable[..., Any
     return tree_unflatten(checkpoint(run, *leaves), structures[0])
 
 
+class AttnResRMSNorm(nn.Module):
+    """An RMSNorm of the backbone that leaves its work to the read it follows, where the implementation of depth
+    attention takes that into its own pass over memory. Instances are made by [`rewire`], never constructed."""
+
+    weight: torch.Tensor
+    variance_epsilon: float
+
+    def can_read(self, hidden_states: Any = None, *args: Any) -> bool:
+        """Whether the argument is a stream at which nothing was read yet, and the norm is nobody else's to do: a kernel
+        of the library, or its hook that brings offloaded weights."""
+        if not isinstance(hidden_states, ResidualStream) or hidden_states.value is not None:
+            return False
+        fuses = hidden_states.settings.implementation.fuses(hidden_states.state)
+        return fuses and "forward" not in self.__dict__ and self.weight.dtype == hidden_states.dtype
+
+    def forward(self, hidden_states: torch.Tensor | ResidualStream) -> torch.Tensor:
+        if isinstance(hidden_states, ResidualStream):
+            return hidden_states.read_normed(Norm(self.weight, self.variance_epsilon))
+        return super().forward(hidden_states)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new_module, (AttnResRMSNorm, type(self).__bases__[1]), self.__dict__
+
+
 class AttnResDecoderLayer(GradientCheckpointingLayer):
     """A decoder layer of the backbone whose own forward, unchanged, runs on a [`ResidualStream`].
 
     The backbone's loop hands one value from layer to layer. Into the first layer that is the embedding
-    `[batch, sequence, hidden]`, out of the last the output read, of the same shape; between layers it is a flattened
-    [`DepthState`]. So recomputation, offloading and pipelines see plain tensors and nothing else.
+    `[batch, sequence, hidden]`, out of the last the output read, of the same shape; between layers it is a
+    [`DepthState`]. So recomputation, offloading and pipelines see tuples of tensors and nothing else.
 
     Instances are made by [`rewire`] from the layers of a backbone, never constructed.
     """
@@ -211,16 +244,15 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor | tuple[torch.Tensor, ...],
+        hidden_states: torch.Tensor | DepthState,
         depth_query: torch.Tensor,
         *args: Any,
         depth_recorder: DepthRecorder | None = None,
         **kwargs: Any,
     ) -> Any:
-        tensors = (hidden_states,) if isinstance(hidden_states, torch.Tensor) else tuple(hidden_states)
-        settings = self.depth_settings
-        state = DepthState.unflatten(tensors, self.first_sublayer, settings.block_size)
-        if self.gradient_checkpointing and self.training:
+        settings, is_checkpointed = self.depth_settings, self.gradient_checkpointing and self.training
+        state = DepthState((hidden_states,)) if isinstance(hidden_states, torch.Tensor) else DepthState(*hidden_states)
+        if is_checkpointed:
             # What crosses the boundary of a layer is kept for the backward, so phase one is not to: layers are groups.
             settings = settings._replace(group_size=self.next_sublayer - self.first_sublayer)
             state = state._replace(phase_one=())
@@ -241,8 +273,10 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
                 f"{type(self).__name__} wrote {leaving.num_written - self.first_sublayer} times to its residual "
                 f"stream; {self.next_sublayer - self.first_sublayer} times were expected."
             )
-        hidden_states = leaving.read() if leaving.num_written == self.num_sublayers else state.flatten()
-        return (hidden_states, *outputs[1:]) if isinstance(outputs, tuple) else hidden_states
+        result: torch.Tensor | DepthState = state.added() if is_checkpointed else state
+        if leaving.num_written == self.num_sublayers:
+            result = leaving.read()
+        return (result, *outputs[1:]) if isinstance(outputs, tuple) else result
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_gradient_checkpointing_func" and getattr(value, "func", None) is not checkpoint_apart:
@@ -253,18 +287,29 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         return f"(reads): {self.first_sublayer}-{self.next_sublayer - 1}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _new_decoder_layer, (type(self).__bases__[1],), self.__dict__
+        return _new_module, (AttnResDecoderLayer, type(self).__bases__[1]), self.__dict__
 
 
 @cache
-def _decoder_layer_class(layer_class: type[nn.Module]) -> type[AttnResDecoderLayer]:
-    """The re-wired subclass of a backbone's decoder layer class. Being a subclass, it is still what the backbone looks
-    for by type when it records outputs or initialises weights."""
-    return type(f"AttnRes{layer_class.__name__}", (AttnResDecoderLayer, layer_class), {"__module__": __name__})
+def _rewired_class(mixin: type[nn.Module], module_class: type[nn.Module]) -> type[nn.Module]:
+    """The re-wired subclass of a class of the backbone. Being a subclass, it is still what the backbone looks for by
+    type when it records outputs or initialises weights."""
+    return type(f"AttnRes{module_class.__name__}", (mixin, module_class), {"__module__": __name__})
 
 
-def _new_decoder_layer(layer_class: type[nn.Module]) -> AttnResDecoderLayer:
-    return object.__new__(_decoder_layer_class(layer_class))  # type: ignore[arg-type]
+def _new_module(mixin: type[nn.Module], module_class: type[nn.Module]) -> nn.Module:
+    return object.__new__(_rewired_class(mixin, module_class))  # type: ignore[arg-type]
+
+
+@cache
+def is_rms_norm(module_class: type[nn.Module]) -> bool:
+    """Whether a class that has an epsilon by this name is RMSNorm and no relative of it: asked of one that is small."""
+    with torch.device("cpu"), torch.no_grad():
+        norm = module_class(4)
+        norm.variance_epsilon = 0.5  # type: ignore[assignment]
+        hidden_states, norm.weight = torch.arange(1, 5).float(), nn.Parameter(torch.arange(4).float())
+        expected = nn.functional.rms_norm(hidden_states, (4,), norm.weight, 0.5)
+        return torch.allclose(norm(hidden_states), expected)
 
 
 def decoder_layers(backbone: PreTrainedModel) -> Any:
@@ -288,11 +333,12 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
         )
     layers = decoder_layers(backbone)
     sublayers = config.num_sublayers // len(layers)
+    may_fuse = config.depth_attention_implementation in ("triton", "auto")
     renamed: dict[str, str] = {}
     for index, layer in enumerate(layers):
         layer_class = type(layer)
         renamed[layer_class.__name__] = f"AttnRes{layer_class.__name__}"
-        layer.__class__ = _decoder_layer_class(layer_class)  # type: ignore[arg-type]
+        layer.__class__ = _rewired_class(AttnResDecoderLayer, layer_class)  # type: ignore[arg-type]
         layer.depth_settings = DepthSettings.of(config)
         layer.structure = structure
         layer.num_sublayers = config.num_sublayers
@@ -302,6 +348,9 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
         for child in layer.children():
             for module in child if isinstance(child, nn.ModuleList) else (child,):
                 module.register_forward_pre_hook(read_streams, with_kwargs=True)
+                norm_class: Any = type(module)
+                if may_fuse and hasattr(module, "variance_epsilon") and is_rms_norm(norm_class):
+                    module.__class__ = _rewired_class(AttnResRMSNorm, norm_class)
     for module in backbone.modules():  # device maps and FSDP find layers by the name of their class
         if isinstance(module, PreTrainedModel):
             module._no_split_modules = {renamed.get(name, name) for name in module._no_split_modules or ()}

@@ -96,29 +96,12 @@ def ours(implementation: str) -> Reads:
         state, results = DepthState(sources), []
         for index in range(block):
             if index:
-                state = state.write(outputs[index - 1], closes_block=False)
+                state = state.write(outputs[index - 1], False, at_once=not settings.implementation.fuses(state))
             hidden_states, state = read(queries, state, written + index, settings)
             results.append(hidden_states)
         return results
 
     return reads
-
-
-def fused_reads(sources: tuple[torch.Tensor, ...], outputs: list[torch.Tensor], queries: torch.Tensor) -> Any:
-    """The kernels with the addition to the partial sum inside the merge."""
-    from attnres.depth_attention_triton import phase_one, phase_two, phase_two_add
-
-    first, *others = phase_one(queries, sources, 1, EPS)
-    normalised, log_sum_exps = others[: len(queries) - 1], others[len(queries) :]
-    results, partial_sum = [first.to(sources[0].dtype)], None
-    for query, output, *blocks in zip(queries[1:], outputs, normalised, log_sum_exps):
-        if partial_sum is None:
-            partial_sum = output
-            results.append(phase_two(*blocks, partial_sum, query, 1, EPS))
-        else:
-            hidden_states, partial_sum = phase_two_add(*blocks, partial_sum, output, query, 1, EPS)
-            results.append(hidden_states)
-    return results
 
 
 # Other packages are imported where they are called, so that one that cannot be does not stop the run.
@@ -161,7 +144,6 @@ def candidates(hidden: int, dtype: torch.dtype, device: str) -> dict[str, Candid
     found = {}
     if device == "cuda":
         found["triton"] = Candidate(ours("triton"))
-        found["triton, with the addition"] = Candidate(fused_reads)
     found["two_phase"] = Candidate(ours("two_phase"))
     found["two_phase, compiled"] = Candidate(torch.compile(ours("two_phase"), dynamic=False))
     found["eager"] = Candidate(ours("eager"))

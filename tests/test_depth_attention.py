@@ -7,7 +7,7 @@ from reference import read as reference_read
 from tiny import FAMILIES, random_tokens, retrofit, tiny_model
 
 from attnres import AttnResConfig, DepthAttention, depth_attention
-from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, DepthSettings, DepthState, depth_weights, read
+from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, DepthSettings, DepthState, Norm, depth_weights, read
 
 IMPLEMENTATIONS = sorted({*DEPTH_ATTENTION_FUNCTIONS} - {"auto", "triton"})  # test_depth_attention_triton.py has these
 HIDDEN = 24
@@ -126,7 +126,6 @@ def test_groups_change_nothing(block_size: int, group_size: int) -> None:
         assert bool(state.phase_one) == ((index + 1) % group_size != 0), "phase one outlives its group"
         if index < 11:
             state = state.write(leaves[index + 1], closes_block=(index + 1) % block_size == 0)
-            state = DepthState.unflatten(state.flatten(), index + 1, block_size)
     weights = [torch.randn(2, 5, HIDDEN, generator=generator, dtype=torch.float64) for _ in range(12)]
     results = [
         (*reads, *torch.autograd.grad(reads, [queries, *leaves], weights, retain_graph=True))
@@ -146,29 +145,6 @@ def test_groups_are_about_the_square_root_of_the_depth(num_sublayers: int, block
     assert settings.group_size == group_size
 
 
-def test_state_survives_flattening() -> None:
-    for num_written, block_size in [(0, 4), (3, 4), (4, 4), (9, 4), (3, 1), (5, 8)]:
-        values = make_sources(1 + -(-num_written // block_size))
-        state = DepthState.unflatten(values, num_written, block_size)
-        assert state.inverse_rms is None
-        assert (state.partial_sum is None) == (num_written % block_size == 0)
-        assert all(a is b for a, b in zip(state.flatten(), values, strict=True))
-
-
-def test_states_of_all_implementations_survive_flattening() -> None:
-    """With and without 1 / rms, with and without phase one, a partial sum, or both."""
-    sources, tensor = make_sources(3), torch.zeros(2, 5)
-    for partial_sum, num_written in ((None, 8), (tensor, 9)):
-        for inverse_rms in (None, tensor + 1):
-            for phase_one in ((), (tensor + 2, tensor + 3), tuple(tensor + i for i in range(4, 12))):
-                state = DepthState(sources, partial_sum, inverse_rms, phase_one)
-                back = DepthState.unflatten(state.flatten(), num_written, block_size=4)
-                for name in DepthState._fields:
-                    assert getattr(back, name) is getattr(state, name) or name in ("sources", "phase_one"), name
-                assert list(map(id, back.sources)) == list(map(id, sources))
-                assert list(map(id, back.phase_one)) == list(map(id, phase_one))
-
-
 def test_writing_leaves_the_old_state_alone() -> None:
     first, second, third = make_sources(3)
     state = DepthState((first,)).write(second, closes_block=False)
@@ -176,6 +152,39 @@ def test_writing_leaves_the_old_state_alone() -> None:
     assert state.partial_sum is second
     assert closed.partial_sum is None
     torch.testing.assert_close(closed.sources[1], second + third)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_is_left_to_add_is_added_before_anything_else(implementation: str) -> None:
+    """By the next read, write or scaling; a block is finished at once."""
+    queries, (first, second, third, fourth) = torch.randn(9, HIDDEN), make_sources(4)
+    settings = DepthSettings.of(make_config(4, depth_attention_implementation=implementation))
+    state = DepthState((first,)).write(second, closes_block=False, at_once=False)
+    assert state.partial_sum is second
+    assert state.addend is None
+    left = state.write(third, closes_block=False, at_once=False)
+    assert left.partial_sum is second
+    assert left.addend is third
+    at_once = state.write(third, closes_block=False)
+    assert torch.equal(read(queries, left, 2, settings)[0], read(queries, at_once, 2, settings)[0])
+    for a, b in ((left.added(), at_once), (left.scaled(2), at_once.scaled(2))):
+        assert torch.equal(a.partial_sum, b.partial_sum)
+        assert a.addend is None
+    for closes_block in (False, True):
+        ends = [s.write(fourth, closes_block, at_once=False).added() for s in (left, at_once)]
+        for a, b in zip(*([*end.sources, end.partial_sum] for end in ends)):
+            assert (a is b) if a is None else torch.equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("num_written", [0, 1, 4])
+def test_norm_behind_a_read(num_written: int, implementation: str) -> None:
+    queries, weight = torch.randn(9, HIDDEN), torch.randn(HIDDEN)
+    settings = DepthSettings.of(make_config(4, depth_attention_implementation=implementation))
+    state = DepthState(make_sources(1 + num_written // 4), *make_sources(num_written % 4))
+    plain, normed = (read(queries, state, num_written, settings, norm)[0] for norm in (None, Norm(weight, 0.5)))
+    expected = plain / (plain.square().mean(-1, keepdim=True) + 0.5).sqrt() * weight
+    torch.testing.assert_close(normed, expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

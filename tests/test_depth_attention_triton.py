@@ -19,7 +19,7 @@ from tiny import random_tokens, retrofit, tiny_model
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from attnres import depth_attention, modeling_attnres
-from attnres.depth_attention import AutoDepthAttention, DepthState, TritonDepthAttention, TwoPhaseDepthAttention
+from attnres.depth_attention import AutoDepthAttention, DepthState, Norm, TritonDepthAttention, TwoPhaseDepthAttention
 
 pytest.importorskip("triton", reason="triton is not installed")
 from attnres import depth_attention_triton as kernels
@@ -169,38 +169,41 @@ def phase_two_reference(
 @pytest.mark.parametrize("scale", [1, 4])
 @pytest.mark.parametrize(
     ("tokens", "hidden", "dtype"),
-    [((2, 3), 37, torch.float64), ((1, 1), 24, torch.float32), ((3,), 40, torch.bfloat16), ((2,), 8, torch.float16)],
+    [((2, 3), 37, torch.float64), ((1, 2), 24, torch.float32), ((3,), 40, torch.bfloat16), ((2,), 8, torch.float16)],
 )
-@pytest.mark.parametrize("name", ["phase_two", "phase_two_add", "phase_two_add_norm"])
-def test_phase_two_equals_reference(name: str, tokens: Any, hidden: int, dtype: Any, scale: int, device: str) -> None:
+@pytest.mark.parametrize("fused", ["nothing", "addition", "norm", "addition and norm"])
+def test_phase_two_equals_reference(fused: str, tokens: Any, hidden: int, dtype: Any, scale: int, device: str) -> None:
     query_dtype = torch.promote_types(dtype, torch.float32)
-    output = random(*tokens, hidden, dtype=query_dtype, device=device)
-    log_sum_exp = random(*tokens, dtype=query_dtype, device=device)
-    partial_sum = random(*tokens, hidden, dtype=dtype, device=device, scale=0.5)
-    query = random(hidden, dtype=query_dtype, device=device, scale=hidden**-0.5)
-    if name == "phase_two":
-        check(
-            lambda *inputs: (kernels.phase_two(*inputs, scale, EPS),),
-            lambda *inputs: (phase_two_reference(*inputs, scale),),
-            [output, log_sum_exp, partial_sum, query],
-        )
-        return
-    added = partial_sum.detach().roll(1, -1).requires_grad_()
-    if name == "phase_two_add":
-        check(
-            lambda *inputs: kernels.phase_two_add(*inputs, scale, EPS),
-            lambda o, lse, x, f, q: (phase_two_reference(o, lse, x + f, q, scale), x + f),
-            [output, log_sum_exp, partial_sum, added, query],
-            rounded=dtype,
-        )
-        return
-    norm_weight = random(hidden, dtype=dtype, device=device)
-    check(
-        lambda *inputs: kernels.phase_two_add_norm(*inputs, scale, EPS, 1e-5),
-        lambda o, lse, x, f, q, w: (phase_two_reference(o, lse, x + f, q, scale, w), x + f),
-        [output, log_sum_exp, partial_sum, added, query, norm_weight],
-        rounded=dtype,
-    )
+    inputs = {
+        "output": random(*tokens, hidden, dtype=query_dtype, device=device),
+        "log_sum_exp": random(*tokens, dtype=query_dtype, device=device),
+        "partial_sum": random(hidden, *tokens, dtype=dtype, device=device, scale=0.5).detach().movedim(0, -1).clone(),
+        "query": random(hidden, dtype=query_dtype, device=device, scale=hidden**-0.5),
+    }
+    inputs["partial_sum"].requires_grad_()
+    if "addition" in fused:
+        inputs["addend"] = inputs["partial_sum"].detach().roll(1, -1).requires_grad_()
+    if "norm" in fused:
+        inputs["norm_weight"] = random(hidden, dtype=dtype, device=device)
+
+    def function(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kwargs = dict(zip(inputs, tensors))
+        if "norm_weight" in kwargs:
+            kwargs["norm"] = Norm(kwargs.pop("norm_weight"), 1e-5)
+        hidden_states, total = kernels.phase_two(**kwargs, scale=scale, eps=EPS)
+        if "addend" not in kwargs:
+            assert total is kwargs["partial_sum"]
+            return (hidden_states,)
+        return hidden_states, total
+
+    def reference(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kwargs = dict(zip(inputs, tensors))
+        if "addend" not in kwargs:
+            return (phase_two_reference(**kwargs, scale=scale),)
+        kwargs["partial_sum"] = total = kwargs["partial_sum"] + kwargs.pop("addend")
+        return phase_two_reference(**kwargs, scale=scale), total
+
+    check(function, reference, list(inputs.values()), rounded=dtype if "addition" in fused else torch.float64)
 
 
 def test_views_and_expanded_gradients(device: str) -> None:
@@ -223,7 +226,7 @@ def test_gradients_are_the_same_in_every_run(device: str) -> None:
     runs = []
     for _ in range(2):
         outputs = kernels.phase_one(queries, tuple(sources), 1, EPS)
-        merged = kernels.phase_two(outputs[1], outputs[4], sources[0], queries[1], 1, EPS)
+        merged, _ = kernels.phase_two(outputs[1], outputs[4], sources[0], queries[1], 1, EPS)
         runs.append(torch.autograd.grad((merged * outputs[0]).sum(), [queries, *sources]))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -262,6 +265,66 @@ def test_model_equals_reference(block_size: int, mix: str, device: str) -> None:
     expected_grads = dict(reference.backbone.named_parameters())
     for name, parameter in model.backbone.named_parameters():
         assert (parameter.grad.double() - expected_grads[name].grad).abs().max() <= 1e-4, name
+
+
+@pytest.fixture
+def merges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the launches of phase two did beside merging."""
+    launched, launch = [], kernels.launch_phase_two
+
+    def record(*args: Any) -> Any:
+        found = {"addition": args[3], "norm": args[5]}
+        launched.append(" and ".join(name for name, tensor in found.items() if tensor is not None) or "nothing")
+        return launch(*args)
+
+    monkeypatch.setattr(kernels, "launch_phase_two", record)
+    return launched
+
+
+def test_model_fuses_additions_and_norms(merges: list[str], device: str) -> None:
+    """Also across layers; the first read of a block has no partial sum, the second nothing to add to it."""
+    model, input_ids = make_model(device, block_size=4), random_tokens(batch=1, length=2).to(device)
+    with torch.no_grad():
+        plain = model(input_ids).logits
+        assert merges == ["norm", "addition and norm", "addition and norm"]
+        merges.clear()
+        # What a layer reads first is asked for, not only its norm.
+        outputs = model(input_ids, output_hidden_states=True)
+        assert merges == ["norm", "addition", "addition and norm"]
+        torch.testing.assert_close(outputs.logits, plain, atol=1e-5, rtol=1e-5)
+        outputs = model(input_ids, output_depth_attentions=True)
+        assert len(outputs.depth_attentions) == 5
+        torch.testing.assert_close(outputs.logits, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_only_rms_norms_are_fused(family: str, merges: list[str], device: str) -> None:
+    """Gemma's norm has another factor. A weight of another dtype, which GPT-OSS may have, is left to the module."""
+    backbone, input_ids = tiny_model(family, num_hidden_layers=2), random_tokens(batch=1, length=2).to(device)
+    models = [
+        retrofit(backbone, random_queries=True, block_size=4, depth_attention_implementation=name).to(device)
+        for name in ("triton", "two_phase")
+    ]
+    logits = [model(input_ids).logits for model in models]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+    assert set(merges) == ({"nothing", "addition"} if family == "gemma2" else {"norm", "addition and norm"})
+    merges.clear()
+    models[0].bfloat16()
+    for module in models[0].modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.float()
+    models[0](input_ids)
+    assert set(merges) == {"nothing", "addition"}
+
+
+def test_norm_that_is_replaced_is_left_alone(merges: list[str], device: str) -> None:
+    """By a kernel of the library, or by a hook that brings offloaded weights."""
+    model, input_ids = make_model(device, block_size=4), random_tokens(batch=1, length=2).to(device)
+    for layer in model.backbone.model.layers:
+        norm = layer.post_attention_layernorm
+        norm.forward = lambda hidden_states, weight=norm.weight: hidden_states * 0 + weight
+    model(input_ids)
+    assert merges == ["nothing", "addition and norm", "addition"]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

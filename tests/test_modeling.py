@@ -15,6 +15,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from attnres import AttnResConfig, AttnResError, AttnResForCausalLM, AttnResModel
 from attnres.configuration_attnres import UnsupportedBackboneError
+from attnres.depth_attention import DepthState
 
 MOE_FAMILIES = ["mixtral", "qwen3_moe"]
 
@@ -235,17 +236,19 @@ def test_gradient_checkpointing_keeps_sources_and_partial_sums_alone(block_size:
     input_ids = random_tokens()
     expected = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    crossing: dict[int, list[torch.Tensor]] = {}
+    crossing: dict[int, DepthState] = {}
     layers = model.backbone.model.layers[:-1]
     for layer in layers:
-        layer.register_forward_hook(lambda layer, _, out: crossing.setdefault(layer.next_sublayer, list(out)))
+        layer.register_forward_hook(lambda layer, _, state: crossing.setdefault(layer.next_sublayer, state))
     actual = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
     assert len(crossing) == len(layers)
-    for num_written, tensors in crossing.items():
-        num_values = 1 + -(-num_written // block_size)  # sources, and the partial sum
-        assert all(tensor.shape == (*input_ids.shape, model.config.hidden_size) for tensor in tensors[:num_values])
-        assert all(tensor.shape[-1] < num_values for tensor in tensors[num_values:])
-        assert len(tensors) == num_values + (implementation != "eager")
+    for num_written, (sources, partial_sum, addend, inverse_rms, phase_one) in crossing.items():
+        values = sources if partial_sum is None else (*sources, partial_sum)
+        assert len(values) == 1 + -(-num_written // block_size)
+        assert all(value.shape == (*input_ids.shape, model.config.hidden_size) for value in values)
+        assert addend is None
+        assert inverse_rms is None if implementation == "eager" else inverse_rms.shape[-1] <= len(sources)
+        assert not phase_one
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], atol=1e-12, rtol=1e-10, msg=name)
 
@@ -416,9 +419,10 @@ def test_embeddings_and_tied_head(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.eval()(random_tokens()).logits, model(random_tokens()).logits)
 
 
+@pytest.mark.parametrize("implementation", ["two_phase", "auto"])
 @pytest.mark.parametrize("family", ["qwen3", "gemma4_text", "stablelm"])
-def test_copies_and_pickles(family: str) -> None:
-    model = retrofit(tiny_model(family), random_queries=True)
+def test_copies_and_pickles(family: str, implementation: str) -> None:
+    model = retrofit(tiny_model(family), random_queries=True, depth_attention_implementation=implementation)
     input_ids = random_tokens()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(input_ids).logits, model(input_ids).logits)
