@@ -310,11 +310,16 @@ def needs_grad(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+def smoothed_norm(value: torch.Tensor, eps: float) -> torch.Tensor:
+    """rms times the root of the hidden size, in the dtype of statistics: `[..., hidden]` to `[...]`. Few operations,
+    because this is run for every token that is decoded, at every read."""
+    norm = torch.linalg.vector_norm(value, dim=-1, dtype=None if value.dtype.itemsize >= 4 else torch.float32)
+    return torch.full_like(norm, (eps * value.shape[-1]) ** 0.5).hypot_(norm)
+
+
 def inverse_rms(value: torch.Tensor, eps: float) -> torch.Tensor:
     """1 / rms over the last dimension, in the dtype of statistics: `[..., hidden]` to `[...]`."""
-    norm = torch.linalg.vector_norm(value, dim=-1, dtype=None if value.dtype.itemsize >= 4 else torch.float32)
-    # As few operations as can be: this is run for every token that is decoded, at every read.
-    return torch.full_like(norm, eps).addcmul_(norm, norm, value=1 / value.shape[-1]).rsqrt_()
+    return smoothed_norm(value, eps).reciprocal_().mul_(value.shape[-1] ** 0.5)
 
 
 # Tokens are taken in chunks whose float32 copies stay in the caches of a core: what a chunk is asked for repeatedly is
@@ -361,8 +366,9 @@ def phase_one_forward(
     slices = chunks(num_tokens, num_sources * hidden)
     if len(slices) > 1:
         outputs, log_sum_exps = queries.new_empty(num_tokens, reads, hidden), queries.new_empty(num_tokens, reads)
+    buffer = stack_buffer(sources, slices)
     for chunk in slices:
-        values = stacked(sources, chunk)
+        values = stacked(sources, chunk, buffer)
         _, logits = phase_one_logits(queries, inverse_rms[chunk], values)
         # Max and softmax, because logsumexp is many small operations.
         log_weights = logits.log_softmax(1)
@@ -378,11 +384,23 @@ def phase_one_forward(
     return (*outputs.view(*shape, reads, hidden).unbind(-2), *log_sum_exps.view(*shape, reads).unbind(-1))
 
 
-def stacked(tensors: tuple[torch.Tensor, ...] | list[torch.Tensor], chunk: slice) -> torch.Tensor:
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
+
+
+def stack_buffer(tensors: Tensors, slices: list[slice]) -> torch.Tensor | None:
+    """Memory for what [`stacked`] makes of each of several chunks; fresh memory for each would cost as much as filling
+    it."""
+    if len(slices) == 1:
+        return None
+    return upcast(tensors[0].new_empty(0)).new_empty(slices[0].stop, len(tensors), tensors[0].shape[-1])
+
+
+def stacked(tensors: Tensors, chunk: slice, buffer: torch.Tensor | None) -> torch.Tensor:
     """A chunk of the tokens of several tensors `[batch, sequence, hidden]`: `[tokens, tensors, hidden]`, up-cast."""
-    if chunk == slice(None):
+    if buffer is None:
         return upcast(torch.stack(tensors, dim=-2).flatten(0, -3))
-    return upcast(torch.stack([tensor.flatten(0, -2)[chunk] for tensor in tensors], dim=1))
+    rows = [tensor.flatten(0, -2)[chunk] for tensor in tensors]
+    return torch.stack(rows, dim=1, out=buffer[: len(rows[0])])
 
 
 class PhaseOne(torch.autograd.Function):
@@ -408,8 +426,10 @@ class PhaseOne(torch.autograd.Function):
         num_tokens, num_sources = inverse_rms.shape
         grad_queries = torch.zeros_like(queries)
         grad_rows = [source.new_empty(num_tokens, hidden) for source in sources]
-        for chunk in chunks(num_tokens, (num_sources + reads) * hidden):
-            values, grads = stacked(sources, chunk), stacked(grad_outputs, chunk)
+        slices = chunks(num_tokens, (num_sources + reads) * hidden)
+        buffer, grad_buffer = stack_buffer(sources, slices), stack_buffer(grad_outputs, slices)
+        for chunk in slices:
+            values, grads = stacked(sources, chunk, buffer), stacked(grad_outputs, chunk, grad_buffer)
             if ctx.first_scale != 1:
                 grads = torch.cat([grads[:, :1] * ctx.first_scale, grads[:, 1:]], dim=1)
             scale = inverse_rms[chunk]
@@ -442,11 +462,14 @@ def phase_two_merge(
     for index, value in enumerate(own):
         value = upcast(value)
         product = value @ query
-        scale_of_key = known[index] if index < len(known) else inverse_rms(value, eps)
-        share = torch.addcmul(log_sum_exp, product, scale_of_key, value=-1).sigmoid_()  # of what came before
+        if index < len(known):
+            difference = torch.addcmul(log_sum_exp, product, known[index], value=-1)
+        else:
+            difference = torch.addcdiv(log_sum_exp, product, smoothed_norm(value, eps), value=-(query.shape[0] ** 0.5))
+        share = torch.sigmoid(difference)  # of what came before
         output = torch.lerp(value, output, share.unsqueeze(-1))
         if index + 1 < len(own):
-            log_sum_exp = torch.logaddexp(log_sum_exp, product * scale_of_key)
+            log_sum_exp = torch.logaddexp(log_sum_exp, log_sum_exp - difference)
     if scale != 1:
         output = output.mul_(scale)
     return output.to(own[0].dtype)

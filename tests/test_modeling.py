@@ -208,13 +208,17 @@ def test_gemma4_layers_that_share_keys_and_values() -> None:
 )
 def test_gradient_checkpointing_gives_the_same_gradients(family: str, use_reentrant: bool) -> None:
     model = retrofit(tiny_model(family), random_queries=True, block_size=3).train()
+    tolerance = dict(atol=1e-6, rtol=1e-4)
+    if family != "zaya":  # which takes its residual in float32 whatever the dtype
+        model.double().set_experts_implementation("eager")  # of the others, none multiplies in float64
+        tolerance = dict(atol=1e-10, rtol=1e-8)
     input_ids = random_tokens()
     expected = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     actual = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
     assert actual.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], atol=1e-6, rtol=1e-4, msg=name)
+        torch.testing.assert_close(actual[name], expected[name], **tolerance, msg=name)
 
 
 def test_gradient_checkpointing_recomputes() -> None:
