@@ -26,6 +26,7 @@ A read is `h = sum_i a_i v_i` with `a = softmax_i(w . v_i / rms(v_i))` over the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -48,17 +49,18 @@ class DepthState(NamedTuple):
         inverse_rms (`torch.Tensor`, *optional*):
             1 / rms of the finished sources, `[batch, sequence, sources]`, float32, for `"two_phase"`; it lacks a source
             that was finished after the last read.
-        phase_one (`tuple[torch.Tensor, ...]`):
+        phase_one (`list[torch.Tensor]`):
             What phase one (Algorithm 1) found for the reads of the open group ([`DepthSettings`]), over the sources
             finished before it: normalised output of each, `[batch, sequence, hidden]`, then the log-sum-exp of each,
-            `[batch, sequence]`, float32; empty for implementations without phases, and between groups.
+            `[batch, sequence]`, float32; empty for implementations without phases, and between groups. The last read of
+            the group empties it, because whoever calls a decoder layer still holds the state that he gave to it.
     """
 
     sources: tuple[torch.Tensor, ...]
     partial_sum: torch.Tensor | None = None
     addend: torch.Tensor | None = None
     inverse_rms: torch.Tensor | None = None
-    phase_one: tuple[torch.Tensor, ...] = ()
+    phase_one: list[torch.Tensor] | tuple[()] = ()
 
     def write(self, output: torch.Tensor, closes_block: bool, at_once: bool = True) -> DepthState:
         """Adds a sublayer's output, `[batch, sequence, hidden]`, to the open block (Eq. 5), and closes the block if
@@ -87,6 +89,17 @@ class DepthState(NamedTuple):
         sources, partial_sum, *_ = self.added()
         sources = tuple((source * factor).to(source.dtype) for source in sources)
         return DepthState(sources, None if partial_sum is None else (partial_sum * factor).to(partial_sum.dtype))
+
+    def flatten(self) -> tuple[Any, ...]:
+        """The state as it crosses the boundary of a decoder layer, its sources and sums side by side: backward hooks of
+        modules look for tensors no deeper."""
+        return (*self.sources, *self[1:])
+
+    @classmethod
+    def unflatten(cls, values: tuple[Any, ...]) -> DepthState:
+        """The inverse of [`~DepthState.flatten`]."""
+        num_sources = len(values) - len(cls._fields) + 1
+        return cls(values[:num_sources], *values[num_sources:])
 
 
 class Norm(NamedTuple):
@@ -209,7 +222,7 @@ class EagerDepthAttention:
 
     @staticmethod
     def fuses(state: DepthState) -> bool:
-        """Whether a read takes an addition before it and a norm behind it into its own pass over memory. If so, sources
+        """Whether a read takes an addition before it and a norm behind it into its own pass over memory. If so, outputs
         are written with `at_once=False`, and RMSNorms that follow a read are handed to it."""
         return False
 
@@ -268,7 +281,7 @@ class TwoPhaseDepthAttention:
                 phase_one = PhaseOne.apply(queries, known, first_scale, *sources)
             else:
                 phase_one = phase_one_forward(queries, known, first_scale, sources)
-            state = state._replace(phase_one=phase_one)
+            state = state._replace(phase_one=list(phase_one))
         return state
 
     @staticmethod
@@ -360,6 +373,8 @@ def phase_one_forward(
         log-sum-exp of each, `[batch, sequence]`, both float32: rounded to bfloat16 in between, a retrofitted model
         would be further from float32 than the original.
     """
+    if torch.compiler.is_compiling() and inverse_rms.shape[:-1].numel() > 1 and len(sources) <= COMPILED_SOURCES:
+        return phase_one_to_compile(queries, inverse_rms, first_scale, sources)
     (*shape, hidden), reads = sources[0].shape, len(queries)
     inverse_rms = inverse_rms.flatten(0, -2)
     num_tokens, num_sources = inverse_rms.shape
@@ -382,6 +397,26 @@ def phase_one_forward(
             torch.bmm(weights, values, out=outputs[chunk])
             log_sum_exps[chunk] = log_sum_exp
     return (*outputs.view(*shape, reads, hidden).unbind(-2), *log_sum_exps.view(*shape, reads).unbind(-1))
+
+
+COMPILED_SOURCES = 16  # with more, compiling [`phase_one_to_compile`] takes minutes
+
+
+def phase_one_to_compile(
+    queries: torch.Tensor, inverse_rms: torch.Tensor, first_scale: int, sources: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """[`phase_one_forward`] as sums over sources that stay where they are, which the compiler fuses. Uncompiled, each
+    term would go through memory."""
+    values = [upcast(source) for source in sources]
+    products = torch.stack([value @ queries.T for value in values], dim=-1)  # [batch, sequence, reads, sources]
+    logits = products * inverse_rms.unsqueeze(-2)
+    log_sum_exps = logits.logsumexp(-1)
+    weights = (logits - log_sum_exps.unsqueeze(-1)).exp()
+    outputs = []
+    for weights_of_read in weights.unbind(-2):
+        terms = [weight.unsqueeze(-1) * value for weight, value in zip(weights_of_read.unbind(-1), values)]
+        outputs.append(reduce(torch.add, terms))
+    return (outputs[0] * first_scale, *outputs[1:], *log_sum_exps.unbind(-1))
 
 
 Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
@@ -581,7 +616,7 @@ class TritonDepthAttention:
         if not state.phase_one:
             of_group = queries[num_written:][: settings.reads_left(num_written, len(queries))]
             first_scale = settings.scale(len(state.sources)) if state.partial_sum is None else 1
-            state = state._replace(phase_one=phase_one(of_group, state.sources, first_scale, eps))
+            state = state._replace(phase_one=list(phase_one(of_group, state.sources, first_scale, eps)))
         output, log_sum_exp, own = to_merge(queries, state, num_written, settings)
         if not own:
             return normed(output.to(state.sources[0].dtype), norm), state
@@ -651,5 +686,6 @@ def read(
             return read(queries, state, num_written, settings, norm)
     hidden_states, state = settings.implementation.read(queries, state, num_written, settings, norm)
     if state.phase_one and (num_written + 1) % settings.group_size == 0:
+        state.phase_one.clear()
         state = state._replace(phase_one=())
     return hidden_states, state

@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,15 +51,20 @@ from .configuration_attnres import (
 from .depth_attention import DepthAttention, DepthSettings, DepthState, Norm, depth_weights, read
 
 
-@dataclass
 class DepthRecorder:
     """What one forward was asked to return; made for that forward, dropped after it.
 
-    Not a list or tuple, because those are rebuilt when the arguments of a layer are moved between devices.
+    Neither a list, nor a tuple, nor a dataclass, because those are rebuilt where the arguments of a layer are moved
+    between devices or cast.
+
+    Attributes:
+        hidden_states (`dict[int, torch.Tensor]`): what each decoder layer reads, by its first read.
+        depth_attentions (`dict[int, torch.Tensor]`, *optional*): the weights of each read.
     """
 
-    hidden_states: list[torch.Tensor] = field(default_factory=list)
-    depth_attentions: list[torch.Tensor] | None = None
+    def __init__(self, records_depth_attentions: bool):
+        self.hidden_states: dict[int, torch.Tensor] = {}
+        self.depth_attentions: dict[int, torch.Tensor] | None = {} if records_depth_attentions else None
 
 
 class ResidualStream:
@@ -107,11 +112,10 @@ class ResidualStream:
     def read_normed(self, norm: Norm | None) -> torch.Tensor:
         """The read, and the norm behind it if there is one, at once."""
         state, settings, recorder = self.settle(), self.settings, self.recorder
-        attentions = None if recorder is None else recorder.depth_attentions
-        if attentions is not None and len(attentions) == self.num_written:
+        if recorder is not None and recorder.depth_attentions is not None:
             query, state = self.depth_query[self.num_written], state.added()
             weights = depth_weights(query, state.sources, state.partial_sum, settings.key_norm_eps)
-            attentions.append(weights)
+            recorder.depth_attentions[self.num_written] = weights  # again, where a layer is recomputed
         hidden_states, self.state = read(self.depth_query, state, self.num_written, settings, norm)
         return hidden_states
 
@@ -198,12 +202,15 @@ class AttnResRMSNorm(nn.Module):
     variance_epsilon: float
 
     def can_read(self, hidden_states: Any = None, *args: Any) -> bool:
-        """Whether the argument is a stream at which nothing was read yet, and the norm is nobody else's to do: a kernel
-        of the library, or its hook that brings offloaded weights."""
+        """Whether the argument is a stream at which nothing was read yet, and nobody else has a part in the norm: a
+        kernel of the library in its place, a hook that brings offloaded weights, a user's hook that wants tensors."""
         if not isinstance(hidden_states, ResidualStream) or hidden_states.value is not None:
             return False
-        fuses = hidden_states.settings.implementation.fuses(hidden_states.state)
-        return fuses and "forward" not in self.__dict__ and self.weight.dtype == hidden_states.dtype
+        if "forward" in self.__dict__ or len(self._forward_pre_hooks) > 1 or self._forward_hooks:
+            return False
+        if self._backward_hooks or self._backward_pre_hooks or self.weight.dtype != hidden_states.dtype:
+            return False
+        return hidden_states.settings.implementation.fuses(hidden_states.state)
 
     def forward(self, hidden_states: torch.Tensor | ResidualStream) -> torch.Tensor:
         if isinstance(hidden_states, ResidualStream):
@@ -218,8 +225,8 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
     """A decoder layer of the backbone whose own forward, unchanged, runs on a [`ResidualStream`].
 
     The backbone's loop hands one value from layer to layer. Into the first layer that is the embedding
-    `[batch, sequence, hidden]`, out of the last the output read, of the same shape; between layers it is a
-    [`DepthState`]. So recomputation, offloading and pipelines see tuples of tensors and nothing else.
+    `[batch, sequence, hidden]`, out of the last the output read, of the same shape; between layers it is a flattened
+    [`DepthState`]. So recomputation, offloading and pipelines see a tuple of tensors (and `None`s, and a list of them).
 
     Instances are made by [`rewire`] from the layers of a backbone, never constructed.
     """
@@ -244,21 +251,27 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor | DepthState,
+        hidden_states: torch.Tensor | tuple[Any, ...],
         depth_query: torch.Tensor,
         *args: Any,
         depth_recorder: DepthRecorder | None = None,
         **kwargs: Any,
     ) -> Any:
         settings, is_checkpointed = self.depth_settings, self.gradient_checkpointing and self.training
-        state = DepthState((hidden_states,)) if isinstance(hidden_states, torch.Tensor) else DepthState(*hidden_states)
+        if isinstance(hidden_states, torch.Tensor):
+            state = DepthState((hidden_states,))
+        else:
+            state = DepthState.unflatten(tuple(hidden_states))
         if is_checkpointed:
             # What crosses the boundary of a layer is kept for the backward, so phase one is not to: layers are groups.
             settings = settings._replace(group_size=self.next_sublayer - self.first_sublayer)
             state = state._replace(phase_one=())
+        if depth_query.dtype.itemsize < 4:
+            # Mixed precision of FSDP casts all that a layer is given; what was known in float32 is found anew.
+            depth_query, state = depth_query.float(), state._replace(inverse_rms=None, phase_one=())
         entering = ResidualStream(settings, depth_query, depth_recorder, state, self.first_sublayer)
         if depth_recorder is not None:
-            depth_recorder.hidden_states.append(entering.read())
+            depth_recorder.hidden_states[self.first_sublayer] = entering.read()
 
         outputs = super().forward(entering, *args, **kwargs)
 
@@ -273,9 +286,11 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
                 f"{type(self).__name__} wrote {leaving.num_written - self.first_sublayer} times to its residual "
                 f"stream; {self.next_sublayer - self.first_sublayer} times were expected."
             )
-        result: torch.Tensor | DepthState = state.added() if is_checkpointed else state
+        result: Any
         if leaving.num_written == self.num_sublayers:
             result = leaving.read()
+        else:
+            result = (state.added() if is_checkpointed else state).flatten()
         return (result, *outputs[1:]) if isinstance(outputs, tuple) else result
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -303,13 +318,15 @@ def _new_module(mixin: type[nn.Module], module_class: type[nn.Module]) -> nn.Mod
 
 @cache
 def is_rms_norm(module_class: type[nn.Module]) -> bool:
-    """Whether a class that has an epsilon by this name is RMSNorm and no relative of it: asked of one that is small."""
+    """Whether a class that has an epsilon by this name is RMSNorm and no relative of it: its forward is tried."""
     with torch.device("cpu"), torch.no_grad():
-        norm = module_class(4)
-        norm.variance_epsilon = 0.5  # type: ignore[assignment]
-        hidden_states, norm.weight = torch.arange(1, 5).float(), nn.Parameter(torch.arange(4).float())
-        expected = nn.functional.rms_norm(hidden_states, (4,), norm.weight, 0.5)
-        return torch.allclose(norm(hidden_states), expected)
+        hidden_states, weight = torch.arange(1, 5).float(), torch.arange(4).float()
+        stand_in: Any = SimpleNamespace(weight=weight, variance_epsilon=0.5)
+        try:
+            normed = module_class.forward(stand_in, hidden_states)
+        except Exception:  # of whatever kind: one that needs more than this is another norm
+            return False
+        return torch.allclose(normed, nn.functional.rms_norm(hidden_states, weight.shape, weight, 0.5))
 
 
 def decoder_layers(backbone: PreTrainedModel) -> Any:
@@ -333,7 +350,7 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
         )
     layers = decoder_layers(backbone)
     sublayers = config.num_sublayers // len(layers)
-    may_fuse = config.depth_attention_implementation in ("triton", "auto")
+    may_fuse = config.depth_attention_implementation in ("triton", "auto") and not structure.replaces_stream
     renamed: dict[str, str] = {}
     for index, layer in enumerate(layers):
         layer_class = type(layer)
@@ -440,7 +457,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
             output_attentions = self.config.output_attentions
         recorder = None
         if output_hidden_states not in (None, False) or output_depth_attentions:
-            recorder = DepthRecorder(depth_attentions=[] if output_depth_attentions else None)
+            recorder = DepthRecorder(bool(output_depth_attentions))
         outputs = self.backbone(
             depth_query=self.depth_attention(),
             depth_recorder=recorder,
@@ -451,11 +468,11 @@ class AttnResPreTrainedModel(PreTrainedModel):
         )
         if recorder is not None and (recorded := outputs.get("hidden_states")) is not None:
             # The backbone selected which entries to return, and put the normed output last.
-            inputs = recorder.hidden_states[: len(recorded) - 1]
-            selected = (new if old is not None else None for new, old in zip(inputs, recorded))
+            inputs = recorder.hidden_states.values()
+            selected = (new if old is not None else None for new, old in zip(inputs, recorded[:-1]))
             outputs["hidden_states"] = (*selected, recorded[-1])
         if recorder is not None and recorder.depth_attentions is not None:
-            outputs["depth_attentions"] = tuple(recorder.depth_attentions[: self.config.num_reads])
+            outputs["depth_attentions"] = tuple(recorder.depth_attentions.values())
         return outputs
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import weakref
+from itertools import product
+
 import pytest
 import torch
 from reference import ReferenceModel, visible
@@ -143,6 +146,30 @@ def test_groups_are_about_the_square_root_of_the_depth(num_sublayers: int, block
     backbone = dict(model_type="qwen3", num_hidden_layers=num_sublayers // 2)
     settings = DepthSettings.of(AttnResConfig(backbone_config=backbone, block_size=block_size))
     assert settings.group_size == group_size
+
+
+def test_state_survives_flattening() -> None:
+    """With and without a partial sum, something to add to it, 1 / rms and phase one."""
+    sources, tensor = make_sources(3), torch.zeros(2, 5)
+    for optional in product((None, tensor), repeat=3):
+        for phase_one in ((), [tensor, tensor + 1]):
+            state = DepthState(sources, *optional, phase_one)
+            values = state.flatten()
+            assert all(a is b for a, b in zip(values, (*sources, *optional, phase_one), strict=True))
+            back = DepthState.unflatten(values)
+            assert all(a is b for a, b in zip(back.sources, sources, strict=True))
+            assert all(a is b for a, b in zip(back[1:], state[1:], strict=True))
+
+
+def test_nobody_holds_phase_one_after_the_last_read_of_its_group() -> None:
+    """It is the largest part of a state; callers of decoder layers hold the states that they gave to them."""
+    queries, state = torch.randn(4, HIDDEN), DepthState(make_sources(2))
+    settings = DepthSettings(2, "mean", 1e-6, DEPTH_ATTENTION_FUNCTIONS["two_phase"], group_size=2)
+    held = read(queries, state, 2, settings)[1]
+    assert len(held.phase_one) == 4
+    outputs = [weakref.ref(tensor) for tensor in held.phase_one]
+    read(queries, held.write(torch.ones(2, 5, HIDDEN), closes_block=False), 3, settings)
+    assert not any(output() is not None for output in outputs)
 
 
 def test_writing_leaves_the_old_state_alone() -> None:

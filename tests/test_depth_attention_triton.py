@@ -327,6 +327,18 @@ def test_norm_that_is_replaced_is_left_alone(merges: list[str], device: str) -> 
     assert merges == ["nothing", "addition and norm", "addition"]
 
 
+def test_hooks_of_a_norm_see_tensors(merges: list[str], device: str) -> None:
+    model, input_ids = make_model(device, block_size=4), random_tokens(batch=1, length=2).to(device)
+    seen: list[Any] = []
+    layers = model.backbone.model.layers
+    layers[0].post_attention_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    layers[1].input_layernorm.register_forward_hook(lambda _, args, output: seen.append(args[0]))
+    layers[1].post_attention_layernorm.register_full_backward_hook(lambda *_: seen.append(_[1][0]))
+    model(input_ids, labels=input_ids).loss.backward()
+    assert merges == ["nothing", "addition", "addition"]
+    assert [type(value) for value in seen] == [torch.Tensor] * 3
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant: bool, device: str) -> None:
     model = make_model(device)

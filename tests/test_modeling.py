@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny import FAMILIES, VOCAB_SIZE, random_tokens, randomize, retrofit, tiny_config, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
@@ -243,7 +245,9 @@ def test_gradient_checkpointing_keeps_sources_and_partial_sums_alone(block_size:
     crossing: dict[int, DepthState] = {}
     layers = model.backbone.model.layers[:-1]
     for layer in layers:
-        layer.register_forward_hook(lambda layer, _, state: crossing.setdefault(layer.next_sublayer, state))
+        layer.register_forward_hook(
+            lambda layer, _, values: crossing.update({layer.next_sublayer: DepthState.unflatten(values)})
+        )
     actual = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
     assert len(crossing) == len(layers)
     for num_written, (sources, partial_sum, addend, inverse_rms, phase_one) in crossing.items():
@@ -269,6 +273,58 @@ def test_layers_in_evaluation_mode_beside_layers_that_recompute(block_size: int)
     actual = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], atol=1e-12, rtol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_depth_attentions_of_layers_that_are_recomputed(use_reentrant: bool) -> None:
+    model = retrofit(tiny_model("qwen3"), random_queries=True, block_size=3).double().train()
+    inputs = dict(input_ids=random_tokens(), labels=random_tokens(), use_cache=False)
+    inputs |= dict(output_depth_attentions=True, output_hidden_states=True)
+    expected, expected_grads = model(**inputs), gradients(model, **inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.zero_grad()
+    actual = model(**inputs)
+    actual.loss.backward()
+    for name in ("hidden_states", "depth_attentions"):
+        for a, b in zip(actual[name], expected[name], strict=True):
+            torch.testing.assert_close(a, b)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected_grads.get(name), atol=1e-10, rtol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_backward_hooks_of_decoder_layers_are_called(block_size: int) -> None:
+    model, called = retrofit(tiny_model("qwen3"), random_queries=True, block_size=block_size), []
+    for index, layer in enumerate(model.backbone.model.layers):
+        layer.register_full_backward_hook(lambda *_, index=index: called.append(index))
+    model(random_tokens(), labels=random_tokens(), use_cache=False).loss.backward()
+    assert called == list(reversed(range(len(model.backbone.model.layers))))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("implementation", ["eager", "two_phase"])
+def test_fsdp_with_mixed_precision(implementation: str, tmp_path: Path) -> None:
+    """It casts all that a decoder layer is given to bfloat16, queries and statistics with it."""
+    model = retrofit(
+        tiny_model("qwen3"), random_queries=True, block_size=3, depth_attention_implementation=implementation
+    )
+    inputs = dict(input_ids=random_tokens(), labels=random_tokens(), use_cache=False, output_depth_attentions=True)
+    expected = model(**inputs)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        kwargs = dict(mesh=init_device_mesh("cpu", (1,)), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        for layer in model.backbone.model.layers:
+            fully_shard(layer, **kwargs)
+        fully_shard(model, **kwargs)
+        actual = model(**inputs, output_hidden_states=True)
+        actual.loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(actual.hidden_states) == 1 + len(model.backbone.model.layers)
+    torch.testing.assert_close(actual.loss, expected.loss, atol=0.05, rtol=0, check_dtype=False)
+    for a, b in zip(actual.depth_attentions, expected.depth_attentions, strict=True):
+        torch.testing.assert_close(a, b, atol=0.05, rtol=0)
 
 
 def test_autocast_keeps_sources_in_the_dtype_of_the_embedding() -> None:
