@@ -275,7 +275,7 @@ class TwoPhaseDepthAttention:
                 known = torch.cat(found if known is None else [known, *found], dim=-1)
             state = state._replace(inverse_rms=known)
         if not state.phase_one:
-            queries = queries[num_written:][: settings.reads_left(num_written, len(queries))]
+            queries = queries[num_written : num_written + settings.reads_left(num_written, len(queries))]
             first_scale = settings.scale(len(sources)) if state.partial_sum is None else 1
             if needs_grad(queries, *sources):
                 phase_one = PhaseOne.apply(queries, known, first_scale, *sources)
@@ -323,16 +323,17 @@ def needs_grad(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def smoothed_norm(value: torch.Tensor, eps: float) -> torch.Tensor:
-    """rms times the root of the hidden size, in the dtype of statistics: `[..., hidden]` to `[...]`. Few operations,
-    because this is run for every token that is decoded, at every read."""
-    norm = torch.linalg.vector_norm(value, dim=-1, dtype=None if value.dtype.itemsize >= 4 else torch.float32)
-    return torch.full_like(norm, (eps * value.shape[-1]) ** 0.5).hypot_(norm)
+FEW_ELEMENTS = 2**15
 
 
 def inverse_rms(value: torch.Tensor, eps: float) -> torch.Tensor:
     """1 / rms over the last dimension, in the dtype of statistics: `[..., hidden]` to `[...]`."""
-    return smoothed_norm(value, eps).reciprocal_().mul_(value.shape[-1] ** 0.5)
+    if torch.compiler.is_compiling() or value.numel() <= FEW_ELEMENTS:
+        # The operations of the norm behind the read. A decoded token waits for the code of operations, not for data:
+        # between two reads, a decoder layer's weights have passed through the caches.
+        return torch.rsqrt(upcast(value).pow(2).mean(-1) + eps)
+    norm = torch.linalg.vector_norm(value, dim=-1, dtype=None if value.dtype.itemsize >= 4 else torch.float32)
+    return torch.full_like(norm, eps).addcmul_(norm, norm, value=1 / value.shape[-1]).rsqrt_()
 
 
 # Tokens are taken in chunks whose float32 copies stay in the caches of a core: what a chunk is asked for repeatedly is
@@ -353,7 +354,7 @@ def phase_one_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dot products `w . v` and logits `w . v / rms(v)`, both `[tokens, sources, reads]`, of `values`
     `[tokens, sources, hidden]` and `inverse_rms` `[tokens, sources]`."""
-    products = (values.flatten(0, 1) @ queries.T).view(*values.shape[:2], -1)
+    products = values @ queries.T
     return products, products * inverse_rms.unsqueeze(-1)
 
 
@@ -496,15 +497,11 @@ def phase_two_merge(
     """[`phase_two_forward`] of tokens that are few enough to be up-cast at once."""
     for index, value in enumerate(own):
         value = upcast(value)
-        product = value @ query
-        if index < len(known):
-            difference = torch.addcmul(log_sum_exp, product, known[index], value=-1)
-        else:
-            difference = torch.addcdiv(log_sum_exp, product, smoothed_norm(value, eps), value=-(query.shape[0] ** 0.5))
-        share = torch.sigmoid(difference)  # of what came before
+        logit = (value @ query) * (known[index] if index < len(known) else inverse_rms(value, eps))
+        share = torch.sigmoid(log_sum_exp - logit)  # of what came before
         output = torch.lerp(value, output, share.unsqueeze(-1))
         if index + 1 < len(own):
-            log_sum_exp = torch.logaddexp(log_sum_exp, log_sum_exp - difference)
+            log_sum_exp = torch.logaddexp(log_sum_exp, logit)
     if scale != 1:
         output = output.mul_(scale)
     return output.to(own[0].dtype)
@@ -614,7 +611,7 @@ class TritonDepthAttention:
 
         query, eps = queries[num_written], settings.key_norm_eps
         if not state.phase_one:
-            of_group = queries[num_written:][: settings.reads_left(num_written, len(queries))]
+            of_group = queries[num_written : num_written + settings.reads_left(num_written, len(queries))]
             first_scale = settings.scale(len(state.sources)) if state.partial_sum is None else 1
             state = state._replace(phase_one=list(phase_one(of_group, state.sources, first_scale, eps)))
         output, log_sum_exp, own = to_merge(queries, state, num_written, settings)
