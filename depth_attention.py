@@ -329,8 +329,8 @@ FEW_ELEMENTS = 2**15
 def inverse_rms(value: torch.Tensor, eps: float) -> torch.Tensor:
     """1 / rms over the last dimension, in the dtype of statistics: `[..., hidden]` to `[...]`."""
     if torch.compiler.is_compiling() or value.numel() <= FEW_ELEMENTS:
-        # The operations of the norm behind the read. A decoded token waits for the code of operations, not for data:
-        # between two reads, a decoder layer's weights have passed through the caches.
+        # The operations of the norm behind the read: decoding with them measured about 2 % faster than with fewer
+        # operations of other kinds.
         return torch.rsqrt(upcast(value).pow(2).mean(-1) + eps)
     norm = torch.linalg.vector_norm(value, dim=-1, dtype=None if value.dtype.itemsize >= 4 else torch.float32)
     return torch.full_like(norm, eps).addcmul_(norm, norm, value=1 / value.shape[-1]).rsqrt_()
