@@ -262,7 +262,9 @@ class TwoPhaseDepthAttention:
 
     @staticmethod
     def fuses(state: DepthState) -> bool:
-        return False
+        """In inference, unless a compiler does. (Re-entrant checkpointing disables gradients, but not those of the
+        embedding; what it recomputes with gradients has to be what it computed without.)"""
+        return not (torch.is_grad_enabled() or state.sources[0].requires_grad or torch.compiler.is_compiling())
 
     @staticmethod
     def prepare(queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings) -> DepthState:
@@ -288,7 +290,7 @@ class TwoPhaseDepthAttention:
     def read(
         queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings, norm: Norm | None = None
     ) -> tuple[torch.Tensor, DepthState]:
-        state = TwoPhaseDepthAttention.prepare(queries, state.added(), num_written, settings)
+        state = TwoPhaseDepthAttention.prepare(queries, state, num_written, settings)
         output, log_sum_exp, own = to_merge(queries, state, num_written, settings)
         if not own:
             return normed(output.to(state.sources[0].dtype), norm), state
@@ -298,11 +300,16 @@ class TwoPhaseDepthAttention:
             known = state.inverse_rms[..., -num_finished:].unbind(-1)
         scale = settings.scale(len(state.sources) + len(own) - num_finished)
         query, eps = queries[num_written], settings.key_norm_eps
-        if needs_grad(query, output, *own):
-            hidden_states = PhaseTwo.apply(query, scale, eps, output, log_sum_exp, len(known), *known, *own)
-        else:
-            hidden_states = phase_two_forward(query, scale, eps, output, log_sum_exp, known, own)
-        return normed(hidden_states, norm), state
+        if torch.is_grad_enabled():
+            state = state.added()
+            own = own if state.partial_sum is None else (*own[:-1], state.partial_sum)
+            if needs_grad(query, output, *own):
+                hidden_states = PhaseTwo.apply(query, scale, eps, output, log_sum_exp, len(known), *known, *own)
+            else:
+                hidden_states, _ = phase_two_forward(query, scale, eps, output, log_sum_exp, known, own)
+            return normed(hidden_states, norm), state
+        hidden_states, total = phase_two_forward(query, scale, eps, output, log_sum_exp, known, own, state.addend, norm)
+        return hidden_states, state if state.addend is None else state._replace(partial_sum=total, addend=None)
 
 
 def to_merge(
@@ -323,16 +330,12 @@ def needs_grad(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-FEW_ELEMENTS = 2**15
-
-
-def inverse_rms(value: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / rms over the last dimension, in the dtype of statistics: `[..., hidden]` to `[...]`."""
-    if torch.compiler.is_compiling() or value.numel() <= FEW_ELEMENTS:
-        # The operations of the norm behind the read: decoding with them measured about 2 % faster than with fewer
-        # operations of other kinds.
-        return torch.rsqrt(upcast(value).pow(2).mean(-1) + eps)
-    norm = torch.linalg.vector_norm(value, dim=-1, dtype=None if value.dtype.itemsize >= 4 else torch.float32)
+def inverse_rms(value: torch.Tensor, eps: float, keepdim: bool = False) -> torch.Tensor:
+    """1 / rms over the last dimension, in the dtype of statistics: `[..., hidden]` to `[...]`, or `[..., 1]`."""
+    if torch.compiler.is_compiling():
+        return torch.rsqrt(upcast(value).pow(2).mean(-1, keepdim) + eps)
+    dtype = None if value.dtype.itemsize >= 4 else torch.float32
+    norm = torch.linalg.vector_norm(value, dim=-1, keepdim=keepdim, dtype=dtype)
     return torch.full_like(norm, eps).addcmul_(norm, norm, value=1 / value.shape[-1]).rsqrt_()
 
 
@@ -485,6 +488,9 @@ class PhaseOne(torch.autograd.Function):
         return (grad_queries, None, None, *(grad.view(sources[0].shape) for grad in grad_rows))
 
 
+MERGED_TENSORS = 4  # as many of a chunk are at work in a merge: what was added, their sum, phase one, the result
+
+
 def phase_two_merge(
     query: torch.Tensor,
     scale: int,
@@ -493,17 +499,25 @@ def phase_two_merge(
     log_sum_exp: torch.Tensor,
     known: Sequence[torch.Tensor],
     own: Sequence[torch.Tensor],
+    norm: Norm | None,
+    result: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[`phase_two_forward`] of tokens that are few enough to be up-cast at once."""
+    """[`phase_two_forward`] of tokens that are few enough to be up-cast at once, with nothing left to add; in `result`,
+    if there is one."""
+    in_place = result if result is not None and result.dtype == output.dtype else None
     for index, value in enumerate(own):
         value = upcast(value)
-        logit = (value @ query) * (known[index] if index < len(known) else inverse_rms(value, eps))
-        share = torch.sigmoid(log_sum_exp - logit)  # of what came before
-        output = torch.lerp(value, output, share.unsqueeze(-1))
+        product, inverse = value @ query, known[index] if index < len(known) else inverse_rms(value, eps)
+        share = torch.addcmul(log_sum_exp, product, inverse, value=-1).sigmoid_()  # of what came before
+        output = torch.lerp(value, output, share.unsqueeze(-1), out=in_place)
         if index + 1 < len(own):
-            log_sum_exp = torch.logaddexp(log_sum_exp, logit)
-    if scale != 1:
-        output = output.mul_(scale)
+            log_sum_exp = torch.logaddexp(log_sum_exp, product * inverse)
+    if norm is not None:  # which takes a factor out again, but for its epsilon
+        output.mul_(inverse_rms(output, norm.eps / scale**2, keepdim=True)).mul_(norm.weight)
+    elif scale != 1:
+        output.mul_(scale)
+    if in_place is None and result is not None:
+        return result.copy_(output)
     return output.to(own[0].dtype)
 
 
@@ -515,7 +529,9 @@ def phase_two_forward(
     log_sum_exp: torch.Tensor,
     known: Sequence[torch.Tensor],
     own: Sequence[torch.Tensor],
-) -> torch.Tensor:
+    addend: torch.Tensor | None = None,
+    norm: Norm | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Phase two: one read's merge of phase one with further sources, one by one, by online softmax.
 
     Args:
@@ -526,20 +542,28 @@ def phase_two_forward(
         log_sum_exp (`torch.Tensor`): `[batch, sequence]`, float32.
         known (`Sequence[torch.Tensor]`): 1 / rms of the first of `own`, each `[batch, sequence]`, float32.
         own (`Sequence[torch.Tensor]`): the further sources, at least one, each `[batch, sequence, hidden]`.
+        addend (`torch.Tensor`, *optional*): what is still to be added to the last of `own`, of the same shape.
+        norm (`Norm`, *optional*): what the result is to be normed by; it is not rounded before.
 
     Returns:
-        `torch.Tensor`: `[batch, sequence, hidden]` in the dtype of the sources.
+        `tuple[torch.Tensor, torch.Tensor]`: the result, and the last of `own` with its addend, both
+        `[batch, sequence, hidden]` in the dtype of the sources.
     """
-    slices = chunks(log_sum_exp.numel(), query.shape[0])
+    *finished, last = own
+    slices = chunks(log_sum_exp.numel(), MERGED_TENSORS * query.shape[0])
     if len(slices) == 1:
-        return phase_two_merge(query, scale, eps, output, log_sum_exp, known, own)
-    merged = torch.empty_like(own[0], memory_format=torch.contiguous_format)
-    rows, result = by_token(output, log_sum_exp, *known, *own), merged.flatten(0, -2)
-    for chunk in slices:
+        total = last if addend is None else last + addend
+        return phase_two_merge(query, scale, eps, output, log_sum_exp, known, (*finished, total), norm), total
+    merged, total = torch.empty_like(last), last if addend is None else torch.empty_like(last)
+    rows = by_token(output, log_sum_exp, *known, *finished, total)
+    others_of_sum = () if addend is None else by_token(last, addend)
+    for chunk, result in zip(slices, merged.flatten(0, -2).split(slices[0].stop)):
         output, log_sum_exp, *others = (row[chunk] for row in rows)
+        if others_of_sum:
+            torch.add(*(row[chunk] for row in others_of_sum), out=others[-1])
         known, own = others[: len(known)], others[len(known) :]
-        result[chunk] = phase_two_merge(query, scale, eps, output, log_sum_exp, known, own)
-    return merged
+        phase_two_merge(query, scale, eps, output, log_sum_exp, known, own, norm, result)
+    return merged, total
 
 
 def by_token(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -564,7 +588,7 @@ class PhaseTwo(torch.autograd.Function):
         ctx.save_for_backward(query, output, log_sum_exp, *known_and_own)
         ctx.scale, ctx.eps, ctx.num_known = scale, eps, num_known
         known, own = known_and_own[:num_known], known_and_own[num_known:]
-        return phase_two_forward(query, scale, eps, output, log_sum_exp, known, own)
+        return phase_two_forward(query, scale, eps, output, log_sum_exp, known, own)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:

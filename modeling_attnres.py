@@ -350,7 +350,7 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
         )
     layers = decoder_layers(backbone)
     sublayers = config.num_sublayers // len(layers)
-    may_fuse = config.depth_attention_implementation in ("triton", "auto") and not structure.replaces_stream
+    may_fuse = config.depth_attention_implementation != "eager" and not structure.replaces_stream
     renamed: dict[str, str] = {}
     for index, layer in enumerate(layers):
         layer_class = type(layer)

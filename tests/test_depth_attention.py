@@ -214,6 +214,46 @@ def test_norm_behind_a_read(num_written: int, implementation: str) -> None:
     torch.testing.assert_close(normed, expected)
 
 
+@pytest.mark.parametrize("mix", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_elements", [2**20, 8 * HIDDEN])
+@pytest.mark.parametrize("block_size", [2, 4])
+def test_merge_takes_the_addition_and_the_norm(block_size, chunk_elements, dtype, mix, monkeypatch) -> None:
+    """In inference. The sum is what adding would have given, the result is as near to float64 as rounding allows."""
+    monkeypatch.setattr(depth_attention, "CHUNK_ELEMENTS", chunk_elements)
+    settings = DepthSettings(block_size, mix, 1e-6, DEPTH_ATTENTION_FUNCTIONS["two_phase"], group_size=4)
+    values, weight, queries = make_sources(6, dtype), torch.randn(HIDDEN).to(dtype), torch.randn(9, HIDDEN)
+    state, actual = DepthState(values[:1]), []
+    with torch.no_grad():
+        for index, output in enumerate(values[1:]):
+            assert settings.implementation.fuses(state)
+            hidden_states, state = read(queries, state, index, settings, Norm(weight, 0.5))
+            actual.append(hidden_states)
+            state = state.write(output, (index + 1) % block_size == 0, at_once=False)
+        hidden_states, state = read(queries, state, 5, settings, Norm(weight, 0.5))
+    assert state.addend is None
+    summed = visible(values[0], values[1:], block_size)
+    for a, b in zip((*state.sources, state.partial_sum), summed, strict=True):
+        assert torch.equal(a, b)
+    for index, hidden_states in enumerate([*actual, hidden_states]):
+        seen = [value.double() for value in visible(values[0], values[1 : 1 + index], block_size)]
+        expected = reference_read(seen, queries[index].double(), torch.ones(()), mix, 1e-6)[0]
+        expected = torch.nn.functional.rms_norm(expected, (HIDDEN,), weight.double(), 0.5)
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+        assert hidden_states.dtype == dtype
+        assert (hidden_states.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_merges_of_training_add_and_norm_apart() -> None:
+    """What is recomputed with gradients has to be what was computed without, in re-entrant checkpointing."""
+    two_phase, sources = DEPTH_ATTENTION_FUNCTIONS["two_phase"], make_sources(1)
+    state, state_with_gradient = DepthState(sources), DepthState((sources[0].clone().requires_grad_(),))
+    assert not two_phase.fuses(state)
+    with torch.no_grad():
+        assert two_phase.fuses(state)
+        assert not two_phase.fuses(state_with_gradient)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scaled_sources_give_scaled_reads(implementation: str) -> None:
     """As a decoder asks for that scales its residual; weights stay, since keys are normalised."""
