@@ -235,7 +235,8 @@ def test_merge_takes_the_addition_and_the_norm(block_size, chunk_elements, dtype
     summed = visible(values[0], values[1:], block_size)
     for a, b in zip((*state.sources, state.partial_sum), summed, strict=True):
         assert torch.equal(a, b)
-    for index, hidden_states in enumerate([*actual, hidden_states]):
+    actual.append(hidden_states)
+    for index, hidden_states in enumerate(actual):
         seen = [value.double() for value in visible(values[0], values[1 : 1 + index], block_size)]
         expected = reference_read(seen, queries[index].double(), torch.ones(()), mix, 1e-6)[0]
         expected = torch.nn.functional.rms_norm(expected, (HIDDEN,), weight.double(), 0.5)
