@@ -25,6 +25,7 @@ A read is `h = sum_i a_i v_i` with `a = softmax_i(w . v_i / rms(v_i))` over the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from importlib.util import find_spec
@@ -67,16 +68,19 @@ class DepthState(NamedTuple):
         this was its last sublayer. Unless `at_once`, it becomes the `addend` of a block that has a partial sum and
         stays open. Sources keep the dtype of the embedding, also under autocast, and are contiguous, whatever layout a
         sublayer (a convolution, for one) gave its output."""
-        output, state = output.to(self.sources[0].dtype).contiguous(), self.added()
-        if state.partial_sum is None:
-            total = output
+        sources, partial_sum, addend, known, phase_one = self
+        output = output.to(sources[0].dtype).contiguous()
+        if addend is not None and partial_sum is not None:
+            partial_sum = partial_sum + addend
+        if partial_sum is None:
+            partial_sum = output
         elif at_once or closes_block:
-            total = state.partial_sum + output
+            partial_sum = partial_sum + output
         else:
-            return state._replace(addend=output)
+            return DepthState(sources, partial_sum, output, known, phase_one)
         if closes_block:
-            return state._replace(sources=(*state.sources, total), partial_sum=None)
-        return state._replace(partial_sum=total)
+            return DepthState((*sources, partial_sum), None, None, known, phase_one)
+        return DepthState(sources, partial_sum, None, known, phase_one)
 
     def added(self) -> DepthState:
         """The same state, with its addend in the partial sum."""
@@ -293,6 +297,8 @@ class TwoPhaseDepthAttention:
         state = TwoPhaseDepthAttention.prepare(queries, state, num_written, settings)
         output, log_sum_exp, own = to_merge(queries, state, num_written, settings)
         if not own:
+            if norm is not None and not torch.is_grad_enabled():
+                output, norm = output * inverse_rms(output, norm.eps, keepdim=True) * norm.weight, None
             return normed(output.to(state.sources[0].dtype), norm), state
         num_finished = len(own) - (state.partial_sum is not None)
         known: tuple[torch.Tensor, ...] = ()
@@ -521,6 +527,49 @@ def phase_two_merge(
     return output.to(own[0].dtype)
 
 
+def is_token_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether statistics of one token `[1, 1, ...]` may become numbers of Python: nothing that runs asynchronously has
+    to be waited for, no trace would take them for constants."""
+    return (
+        tensor.numel() == 1
+        and tensor.is_cpu
+        and type(tensor) is torch.Tensor
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    )
+
+
+def inverse_rms_of_token(value: torch.Tensor, eps: float) -> float:
+    mean_square = torch.dot(value, value).item() / len(value) + eps
+    return 1 / math.sqrt(mean_square) if mean_square else math.inf
+
+
+def phase_two_of_token(
+    query: torch.Tensor,
+    scale: int,
+    eps: float,
+    output: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    known: Sequence[torch.Tensor],
+    own: Sequence[torch.Tensor],
+    norm: Norm | None,
+) -> torch.Tensor:
+    """[`phase_two_merge`] of one token on a CPU. A number of Python costs a fraction of an operation of torch, and
+    operations are what a decoded token waits for."""
+    merged, lse = output.view(-1), log_sum_exp.item()
+    for index, source in enumerate(own):
+        value = upcast(source).view(-1)
+        inverse = known[index].item() if index < len(known) else inverse_rms_of_token(value, eps)
+        difference = torch.dot(value, query).item() * inverse - lse
+        merged = torch.lerp(value, merged, 0.5 - 0.5 * math.tanh(difference / 2))  # by sigmoid(-difference)
+        if index + 1 < len(own):
+            lse += max(difference, 0.0) + math.log1p(math.exp(-abs(difference)))
+    if norm is not None:
+        merged = merged.mul_(inverse_rms_of_token(merged, norm.eps / scale**2)).mul_(norm.weight)
+    elif scale != 1:
+        merged = merged.mul_(scale)
+    return merged.view(own[0].shape).to(own[0].dtype)
+
+
 def phase_two_forward(
     query: torch.Tensor,
     scale: int,
@@ -550,6 +599,9 @@ def phase_two_forward(
         `[batch, sequence, hidden]` in the dtype of the sources.
     """
     *finished, last = own
+    if is_token_on_cpu(log_sum_exp):
+        total = last if addend is None else last + addend
+        return phase_two_of_token(query, scale, eps, output, log_sum_exp, known, (*finished, total), norm), total
     slices = chunks(log_sum_exp.numel(), MERGED_TENSORS * query.shape[0])
     if len(slices) == 1:
         total = last if addend is None else last + addend

@@ -78,18 +78,19 @@ class ResidualStream:
     decoder layer.
     """
 
-    __slots__ = ("depth_query", "num_written", "output", "recorder", "settings", "state", "value")
+    __slots__ = ("depth_query", "fuses", "num_written", "output", "recorder", "settings", "state", "value")
 
     def __init__(
         self,
         settings: DepthSettings,
+        fuses: bool,
         depth_query: torch.Tensor,
         recorder: DepthRecorder | None,
         state: DepthState,
         num_written: int,
         output: torch.Tensor | None = None,
     ):
-        self.settings, self.depth_query, self.recorder = settings, depth_query, recorder
+        self.settings, self.fuses, self.depth_query, self.recorder = settings, fuses, depth_query, recorder
         self.state, self.num_written = state, num_written
         self.output = output  # what was added, not yet written
         self.value: torch.Tensor | None = None
@@ -98,8 +99,8 @@ class ResidualStream:
         """Writes what was added, if anything was."""
         if self.output is not None:
             self.num_written += 1
-            at_once = not self.settings.implementation.fuses(self.state)
-            self.state = self.state.write(self.output, self.num_written % self.settings.block_size == 0, at_once)
+            closes_block = self.num_written % self.settings.block_size == 0
+            self.state = self.state.write(self.output, closes_block, at_once=not self.fuses)
             self.output = None
         return self.state
 
@@ -120,7 +121,9 @@ class ResidualStream:
         return hidden_states
 
     def follow(self, state: DepthState, output: torch.Tensor | None = None) -> ResidualStream:
-        return ResidualStream(self.settings, self.depth_query, self.recorder, state, self.num_written, output)
+        return ResidualStream(
+            self.settings, self.fuses, self.depth_query, self.recorder, state, self.num_written, output
+        )
 
     def add(self, output: torch.Tensor) -> ResidualStream:
         return self.follow(self.state, output if self.output is None else self.output + output)
@@ -170,8 +173,6 @@ def read_streams(module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[s
     """Whoever is handed a stream, reads it; a pre-hook of the children of decoder layers."""
     if not any(type(arg) is ResidualStream for arg in (*args, *kwargs.values())):
         return args, kwargs
-    if isinstance(module, AttnResRMSNorm) and module.can_read(*args):
-        return args, kwargs
     args = tuple(arg.read() if isinstance(arg, ResidualStream) else arg for arg in args)
     return args, {name: arg.read() if isinstance(arg, ResidualStream) else arg for name, arg in kwargs.items()}
 
@@ -201,21 +202,19 @@ class AttnResRMSNorm(nn.Module):
     weight: torch.Tensor
     variance_epsilon: float
 
-    def can_read(self, hidden_states: Any = None, *args: Any) -> bool:
-        """Whether the argument is a stream at which nothing was read yet, and nobody else has a part in the norm: a
-        kernel of the library in its place, a hook that brings offloaded weights, a user's hook that wants tensors."""
-        if not isinstance(hidden_states, ResidualStream) or hidden_states.value is not None:
-            return False
-        if "forward" in self.__dict__ or len(self._forward_pre_hooks) > 1 or self._forward_hooks:
-            return False
-        if self._backward_hooks or self._backward_pre_hooks or self.weight.dtype != hidden_states.dtype:
-            return False
-        return hidden_states.settings.implementation.fuses(hidden_states.state)
+    def __call__(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(hidden_states) is ResidualStream and hidden_states.fuses and hidden_states.value is None:
+            weight = self.weight
+            if weight.dtype == hidden_states.dtype and not self.is_hooked():
+                return hidden_states.read_normed(Norm(weight, self.variance_epsilon))
+        return super().__call__(hidden_states, *args, **kwargs)
 
-    def forward(self, hidden_states: torch.Tensor | ResidualStream) -> torch.Tensor:
-        if isinstance(hidden_states, ResidualStream):
-            return hidden_states.read_normed(Norm(self.weight, self.variance_epsilon))
-        return super().forward(hidden_states)
+    def is_hooked(self) -> bool:
+        """Whether somebody else has a part in the norm: a kernel of the library in its place, a hook that brings
+        offloaded weights, a user's hook that wants tensors."""
+        if "forward" in self.__dict__ or self._forward_hooks or len(self._forward_pre_hooks) > 1:  # one is ours
+            return True
+        return bool(self._backward_hooks or self._backward_pre_hooks)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _new_module, (AttnResRMSNorm, type(self).__bases__[1]), self.__dict__
@@ -269,7 +268,8 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         if depth_query.dtype.itemsize < 4:
             # Mixed precision of FSDP casts all that a layer is given; what was known in float32 is found anew.
             depth_query, state = depth_query.float(), state._replace(inverse_rms=None, phase_one=())
-        entering = ResidualStream(settings, depth_query, depth_recorder, state, self.first_sublayer)
+        fuses = settings.implementation.fuses(state)
+        entering = ResidualStream(settings, fuses, depth_query, depth_recorder, state, self.first_sublayer)
         if depth_recorder is not None:
             depth_recorder.hidden_states[self.first_sublayer] = entering.read()
 

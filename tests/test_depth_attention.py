@@ -22,6 +22,10 @@ def make_sources(count: int, dtype: torch.dtype = torch.float32, scale: float = 
     return tuple((torch.randn(2, 5, HIDDEN, generator=generator) * scale * 4.0**-i).to(dtype) for i in range(count))
 
 
+def itemsize(dtype: torch.dtype) -> int:
+    return dtype.itemsize
+
+
 def make_config(block_size: int, **kwargs: object) -> AttnResConfig:
     backbone = dict(model_type="qwen3", hidden_size=HIDDEN, num_hidden_layers=4, num_attention_heads=4)
     return AttnResConfig(backbone_config=backbone, block_size=block_size, **kwargs)
@@ -243,6 +247,39 @@ def test_merge_takes_the_addition_and_the_norm(block_size, chunk_elements, dtype
         tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
         assert hidden_states.dtype == dtype
         assert (hidden_states.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("mix", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+def test_one_token_alone_reads_as_among_others(block_size, dtype, mix, has_norm) -> None:
+    """Its statistics are numbers of Python."""
+    settings = DepthSettings(block_size, mix, 1e-6, DEPTH_ATTENTION_FUNCTIONS["two_phase"], group_size=4)
+    values, queries = make_sources(8, dtype), 3 * torch.randn(9, HIDDEN, dtype=max(dtype, torch.float32, key=itemsize))
+    norm = Norm(torch.randn(HIDDEN).to(dtype), 0.5) if has_norm else None
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    states = [DepthState((values[0],)), DepthState((values[0][:1, 2:3],))]
+    with torch.no_grad():
+        for index, output in enumerate(values[1:]):
+            reads, states = zip(*(read(queries, state, index, settings, norm) for state in states))
+            torch.testing.assert_close(reads[1], reads[0][:1, 2:3], atol=tolerance, rtol=tolerance)
+            closes_block = (index + 1) % block_size == 0
+            outputs = (output, output[:1, 2:3])
+            states = [state.write(part, closes_block, at_once=False) for state, part in zip(states, outputs)]
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e18, float("inf"), float("nan")])
+def test_extreme_values_of_one_token(size: float) -> None:
+    """Come to what they come to among others, without an error."""
+    settings = DepthSettings(2, "sum", 1e-6, DEPTH_ATTENTION_FUNCTIONS["two_phase"], group_size=4)
+    queries, norm = torch.full((9, HIDDEN), 1e3), Norm(torch.ones(HIDDEN), 0.0)
+    results = []
+    for count in (1, 2):
+        states = DepthState((torch.ones(1, count, HIDDEN),), torch.full((1, count, HIDDEN), size))
+        with torch.no_grad():
+            results.append([read(queries, states, 1, settings, n)[0][:, :1] for n in (None, norm)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_merges_of_training_add_and_norm_apart() -> None:
