@@ -197,17 +197,19 @@ def checkpoint_apart(checkpoint: Callable[..., Any], function: Callable[..., Any
 
 class AttnResRMSNorm(nn.Module):
     """An RMSNorm of the backbone that leaves its work to the read it follows, where the implementation of depth
-    attention takes that into its own pass over memory. Instances are made by [`rewire`], never constructed."""
+    attention takes that into its own pass over memory; hooks that PyTorch keeps for all modules are not called then.
+    Instances are made by [`rewire`], never constructed."""
 
     weight: torch.Tensor
     variance_epsilon: float
 
-    def __call__(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(hidden_states) is ResidualStream and hidden_states.fuses and hidden_states.value is None:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stream = args[0] if len(args) == 1 else None
+        if type(stream) is ResidualStream and stream.fuses and stream.value is None:
             weight = self.weight
-            if weight.dtype == hidden_states.dtype and not self.is_hooked():
-                return hidden_states.read_normed(Norm(weight, self.variance_epsilon))
-        return super().__call__(hidden_states, *args, **kwargs)
+            if weight.dtype == stream.dtype and not self.is_hooked():
+                return stream.read_normed(Norm(weight, self.variance_epsilon))
+        return super().__call__(*args, **kwargs)
 
     def is_hooked(self) -> bool:
         """Whether somebody else has a part in the norm: a kernel of the library in its place, a hook that brings
