@@ -207,7 +207,8 @@ class AttnResRMSNorm(nn.Module):
         stream = args[0] if len(args) == 1 else None
         if type(stream) is ResidualStream and stream.fuses and stream.value is None:
             weight = self.weight
-            if weight.dtype == stream.dtype and not self.is_hooked():
+            # In float64 too, the library's norms take their statistics in float32, which a read does not.
+            if weight.dtype == stream.dtype != torch.float64 and not self.is_hooked():
                 return stream.read_normed(Norm(weight, self.variance_epsilon))
         return super().__call__(*args, **kwargs)
 
