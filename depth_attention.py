@@ -68,19 +68,16 @@ class DepthState(NamedTuple):
         this was its last sublayer. Unless `at_once`, it becomes the `addend` of a block that has a partial sum and
         stays open. Sources keep the dtype of the embedding, also under autocast, and are contiguous, whatever layout a
         sublayer (a convolution, for one) gave its output."""
-        sources, partial_sum, addend, known, phase_one = self
-        output = output.to(sources[0].dtype).contiguous()
-        if addend is not None and partial_sum is not None:
-            partial_sum = partial_sum + addend
-        if partial_sum is None:
-            partial_sum = output
+        output, state = output.to(self.sources[0].dtype).contiguous(), self.added()
+        if state.partial_sum is None:
+            total = output
         elif at_once or closes_block:
-            partial_sum = partial_sum + output
+            total = state.partial_sum + output
         else:
-            return DepthState(sources, partial_sum, output, known, phase_one)
+            return state._replace(addend=output)
         if closes_block:
-            return DepthState((*sources, partial_sum), None, None, known, phase_one)
-        return DepthState(sources, partial_sum, None, known, phase_one)
+            return state._replace(sources=(*state.sources, total), partial_sum=None)
+        return state._replace(partial_sum=total)
 
     def added(self) -> DepthState:
         """The same state, with its addend in the partial sum."""
@@ -342,7 +339,7 @@ FEW_ELEMENTS = 2**15
 def inverse_rms(value: torch.Tensor, eps: float, keepdim: bool = False) -> torch.Tensor:
     """1 / rms over the last dimension, in the dtype of statistics: `[..., hidden]` to `[...]`, or `[..., 1]`."""
     if torch.compiler.is_compiling() or value.numel() <= FEW_ELEMENTS:
-        # As the backbone's norms do: with the norm of a vector instead, a small hybrid was several times further off.
+        # As the backbone's norms do. The norm of a vector is fewer passes over memory, and rounds up to twice as much.
         return torch.rsqrt(upcast(value).pow(2).mean(-1, keepdim) + eps)
     dtype = None if value.dtype.itemsize >= 4 else torch.float32
     norm = torch.linalg.vector_norm(value, dim=-1, keepdim=keepdim, dtype=dtype)
@@ -610,7 +607,8 @@ def phase_two_forward(
     if len(slices) == 1:
         total = last if addend is None else last + addend
         return phase_two_merge(query, scale, eps, output, log_sum_exp, known, (*finished, total), norm), total
-    merged, total = torch.empty_like(last), last if addend is None else torch.empty_like(last)
+    merged = torch.empty_like(last, memory_format=torch.contiguous_format)
+    total = last if addend is None else torch.empty_like(merged)
     rows = by_token(output, log_sum_exp, *known, *finished, total)
     others_of_sum = () if addend is None else by_token(last, addend)
     for chunk, result in zip(slices, merged.flatten(0, -2).split(slices[0].stop)):

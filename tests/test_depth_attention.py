@@ -22,10 +22,6 @@ def make_sources(count: int, dtype: torch.dtype = torch.float32, scale: float = 
     return tuple((torch.randn(2, 5, HIDDEN, generator=generator) * scale * 4.0**-i).to(dtype) for i in range(count))
 
 
-def itemsize(dtype: torch.dtype) -> int:
-    return dtype.itemsize
-
-
 def make_config(block_size: int, **kwargs: object) -> AttnResConfig:
     backbone = dict(model_type="qwen3", hidden_size=HIDDEN, num_hidden_layers=4, num_attention_heads=4)
     return AttnResConfig(backbone_config=backbone, block_size=block_size, **kwargs)
@@ -256,7 +252,8 @@ def test_merge_takes_the_addition_and_the_norm(block_size, chunk_elements, dtype
 def test_one_token_alone_reads_as_among_others(block_size, dtype, mix, has_norm) -> None:
     """Its statistics are numbers of Python."""
     settings = DepthSettings(block_size, mix, 1e-6, DEPTH_ATTENTION_FUNCTIONS["two_phase"], group_size=4)
-    values, queries = make_sources(8, dtype), 3 * torch.randn(9, HIDDEN, dtype=max(dtype, torch.float32, key=itemsize))
+    values = make_sources(8, dtype)
+    queries = 3 * torch.randn(9, HIDDEN, dtype=torch.promote_types(dtype, torch.float32))
     norm = Norm(torch.randn(HIDDEN).to(dtype), 0.5) if has_norm else None
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
     states = [DepthState((values[0],)), DepthState((values[0][:1, 2:3],))]

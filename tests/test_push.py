@@ -103,8 +103,7 @@ def test_what_is_pushed_loads_from_the_hub(hub: Hub, converted: Path, tmp_path: 
     assert "configuration_attnres.py" in hub.files("user/config")
 
     pushed = AttnResForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
-    with torch.no_grad():  # with gradients, a norm behind a read is rounded apart
-        torch.save([pushed(TOKENS).logits, model(TOKENS).logits], tmp_path / "logits.pt")
+    torch.save([pushed(TOKENS).logits, model(TOKENS).logits], tmp_path / "logits.pt")
     program = (
         "import sys, torch\n"
         "sys.modules['attnres'] = None\n"
@@ -115,7 +114,7 @@ def test_what_is_pushed_loads_from_the_hub(hub: Hub, converted: Path, tmp_path: 
         "    AutoModelForCausalLM.from_pretrained('user/model', **trust),\n"
         "]\n"
         "tokens = torch.arange(3, 20)[None]\n"
-        "torch.set_grad_enabled(False)\n"
+        "torch.set_grad_enabled(False)  # as here: with gradients, a norm behind a read is rounded apart\n"
         "for model, logits in zip(models, torch.load('logits.pt'), strict=True):\n"
         "    assert torch.equal(model.eval()(tokens).logits, logits), model.config\n"
         "assert AutoTokenizer.from_pretrained('user/tiny', revision='v1')('def')['input_ids']\n"
