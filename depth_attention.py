@@ -339,7 +339,7 @@ FEW_ELEMENTS = 2**15
 def inverse_rms(value: torch.Tensor, eps: float, keepdim: bool = False) -> torch.Tensor:
     """1 / rms over the last dimension, in the dtype of statistics: `[..., hidden]` to `[...]`, or `[..., 1]`."""
     if torch.compiler.is_compiling() or value.numel() <= FEW_ELEMENTS:
-        # As the backbone's norms do. The norm of a vector is fewer passes over memory, and rounds up to twice as much.
+        # As the backbone's norms do. The norm of a vector is fewer passes over memory, and rounds more.
         return torch.rsqrt(upcast(value).pow(2).mean(-1, keepdim) + eps)
     dtype = None if value.dtype.itemsize >= 4 else torch.float32
     norm = torch.linalg.vector_norm(value, dim=-1, keepdim=keepdim, dtype=dtype)
