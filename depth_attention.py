@@ -76,7 +76,7 @@ class DepthState(NamedTuple):
         else:
             return state._replace(addend=output)
         if closes_block:
-            return state._replace(sources=(*state.sources, total), partial_sum=None)
+            return state._replace(sources=(*state.sources, in_memory(total)), partial_sum=None)
         return state._replace(partial_sum=total)
 
     def added(self) -> DepthState:
@@ -101,6 +101,14 @@ class DepthState(NamedTuple):
         """The inverse of [`~DepthState.flatten`]."""
         num_sources = len(values) - len(cls._fields) + 1
         return cls(values[:num_sources], *values[num_sources:])
+
+
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor. In inference, a compiler would take it for the sum that it is, keep all terms of that in memory,
+    and add them up wherever it is read. (What a backward needs, it has in memory anyway.)"""
+    if torch.compiler.is_compiling() and not tensor.requires_grad:
+        return tensor.as_strided(tensor.shape, tensor.stride())
+    return tensor
 
 
 class Norm(NamedTuple):
@@ -419,8 +427,9 @@ def phase_one_to_compile(
     """[`phase_one_forward`] as sums over sources that stay where they are, which the compiler fuses. Uncompiled, each
     term would go through memory."""
     values = [upcast(source) for source in sources]
-    products = torch.stack([value @ queries.T for value in values], dim=-1)  # [batch, sequence, reads, sources]
-    logits = products * inverse_rms.unsqueeze(-2)
+    # Sums of products, because a matrix product would have its up-cast operands in memory.
+    products = [(value.unsqueeze(-2) * queries).sum(-1) for value in values]
+    logits = torch.stack(products, dim=-1) * inverse_rms.unsqueeze(-2)  # [batch, sequence, reads, sources]
     log_sum_exps = logits.logsumexp(-1)
     weights = (logits - log_sum_exps.unsqueeze(-1)).exp()
     outputs = []

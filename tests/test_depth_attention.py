@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import weakref
-from itertools import product
+from itertools import accumulate, product
 
 import pytest
 import torch
 from reference import ReferenceModel, visible
 from reference import read as reference_read
 from tiny import FAMILIES, random_tokens, retrofit, tiny_model
+from torch.profiler import ProfilerActivity, profile
 
 from attnres import AttnResConfig, DepthAttention, depth_attention
 from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, DepthSettings, DepthState, Norm, depth_weights, read
@@ -287,6 +288,34 @@ def test_merges_of_training_add_and_norm_apart() -> None:
     with torch.no_grad():
         assert two_phase.fuses(state)
         assert not two_phase.fuses(state_with_gradient)
+
+
+@torch.no_grad()
+def test_compiled_inference_keeps_sources_and_nothing_else() -> None:
+    """Neither the terms of finished blocks, nor up-cast copies of sources."""
+    hidden, num_blocks, block_size = 256, 4, 3
+    embedding = torch.randn(1, 512, hidden, dtype=torch.bfloat16)
+    matrices = torch.randn(num_blocks * block_size, hidden, hidden, dtype=torch.bfloat16) / hidden**0.5
+    queries = torch.randn(len(matrices) + 1, hidden) / hidden**0.5
+    settings = DepthSettings(block_size, "mean", 1e-6, DEPTH_ATTENTION_FUNCTIONS["two_phase"], block_size)
+
+    def run(embedding: torch.Tensor, queries: torch.Tensor, *matrices: torch.Tensor) -> torch.Tensor:
+        state = DepthState((embedding,))
+        for num_written, matrix in enumerate(matrices):
+            hidden_states, state = read(queries, state, num_written, settings)
+            state = state.write(hidden_states @ matrix, (num_written + 1) % block_size == 0)
+        return read(queries, state, len(matrices), settings)[0]
+
+    arguments = (embedding, queries, *matrices.unbind(0))
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(*arguments), run(*arguments), atol=0.1, rtol=0.05)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        compiled(*arguments)
+    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    peak = max(accumulate(event.nbytes() for event in events))
+    # The sources; phase one of a block in float32; the terms of the open block, a read and its product.
+    assert peak < (num_blocks + 2 * block_size + block_size + 2) * embedding.nbytes
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
