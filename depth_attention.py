@@ -68,16 +68,19 @@ class DepthState(NamedTuple):
         this was its last sublayer. Unless `at_once`, it becomes the `addend` of a block that has a partial sum and
         stays open. Sources keep the dtype of the embedding, also under autocast, and are contiguous, whatever layout a
         sublayer (a convolution, for one) gave its output."""
-        output, state = output.to(self.sources[0].dtype).contiguous(), self.added()
-        if state.partial_sum is None:
+        sources, total, addend, *known = self  # built anew rather than replaced in, which is slow
+        output = output.to(sources[0].dtype).contiguous()
+        if total is not None and addend is not None:
+            total = total + addend
+        if total is None:
             total = output
         elif at_once or closes_block:
-            total = state.partial_sum + output
+            total = total + output
         else:
-            return state._replace(addend=output)
+            return DepthState(sources, total, output, *known)
         if closes_block:
-            return state._replace(sources=(*state.sources, in_memory(total)), partial_sum=None)
-        return state._replace(partial_sum=total)
+            return DepthState((*sources, in_memory(total)), None, None, *known)
+        return DepthState(sources, total, None, *known)
 
     def added(self) -> DepthState:
         """The same state, with its addend in the partial sum."""
@@ -299,6 +302,8 @@ class TwoPhaseDepthAttention:
     def read(
         queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings, norm: Norm | None = None
     ) -> tuple[torch.Tensor, DepthState]:
+        if is_token_on_cpu(state.sources[0]) and not torch.is_grad_enabled():
+            return read_of_token(queries, state, num_written, settings, norm)
         state = TwoPhaseDepthAttention.prepare(queries, state, num_written, settings)
         output, log_sum_exp, own = to_merge(queries, state, num_written, settings)
         if not own:
@@ -354,9 +359,9 @@ def inverse_rms(value: torch.Tensor, eps: float, keepdim: bool = False) -> torch
     return torch.full_like(norm, eps).addcmul_(norm, norm, value=1 / value.shape[-1]).rsqrt_()
 
 
-# Tokens are taken in chunks whose float32 copies stay in the caches of a core: what a chunk is asked for repeatedly is
-# then read from memory once.
-CHUNK_ELEMENTS = 2**20
+# Tokens are taken in chunks whose float32 copies stay in the caches: what a chunk is asked for repeatedly is then read
+# from memory once. Of smaller ones, some operations would be too small to be split over threads.
+CHUNK_ELEMENTS = 2**21
 
 
 def chunks(num_tokens: int, elements_per_token: int) -> list[slice]:
@@ -537,47 +542,61 @@ def phase_two_merge(
     return output.to(own[0].dtype)
 
 
-def is_token_on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether statistics of one token `[1, 1, ...]` may become numbers of Python: nothing that runs asynchronously has
-    to be waited for, no trace would take them for constants."""
+def is_token_on_cpu(source: torch.Tensor) -> bool:
+    """Whether statistics of one token `[1, 1, hidden]` may become numbers of Python: nothing that runs asynchronously
+    has to be waited for, no trace would take them for constants."""
     return (
-        tensor.numel() == 1
-        and tensor.is_cpu
-        and type(tensor) is torch.Tensor
+        source.numel() == source.shape[-1]
+        and type(source) is torch.Tensor
+        and source.is_cpu
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
     )
 
 
-def inverse_rms_of_token(value: torch.Tensor, eps: float) -> float:
-    mean_square = torch.dot(value, value).item() / len(value) + eps
-    return 1 / math.sqrt(mean_square) if mean_square else math.inf
-
-
-def phase_two_of_token(
-    query: torch.Tensor,
-    scale: int,
-    eps: float,
-    output: torch.Tensor,
-    log_sum_exp: torch.Tensor,
-    known: Sequence[torch.Tensor],
-    own: Sequence[torch.Tensor],
-    norm: Norm | None,
-) -> torch.Tensor:
-    """[`phase_two_merge`] of one token on a CPU. A number of Python costs a fraction of an operation of torch, and
-    operations are what a decoded token waits for."""
-    merged, lse = output.view(-1), log_sum_exp.item()
-    for index, source in enumerate(own):
-        value = upcast(source).view(-1)
-        inverse = known[index].item() if index < len(known) else inverse_rms_of_token(value, eps)
-        difference = torch.dot(value, query).item() * inverse - lse
-        merged = torch.lerp(value, merged, 0.5 - 0.5 * math.tanh(difference / 2))  # by sigmoid(-difference)
-        if index + 1 < len(own):
-            lse += max(difference, 0.0) + math.log1p(math.exp(-abs(difference)))
+def read_of_token(
+    queries: torch.Tensor, state: DepthState, num_written: int, settings: DepthSettings, norm: Norm | None
+) -> tuple[torch.Tensor, DepthState]:
+    """[`TwoPhaseDepthAttention.read`] of one token on a CPU, without gradients. Here memory is nothing and operations
+    of torch are all; a number of Python costs a fraction of one."""
+    sources, partial_sum, addend, known, phase_one = state
+    if not phase_one:
+        of_group = queries[num_written : num_written + settings.reads_left(num_written, len(queries))]
+        phase_one = phase_one_of_token(of_group, settings.key_norm_eps, sources)
+        state = DepthState(sources, partial_sum, addend, known, phase_one)
+    if partial_sum is not None and addend is not None:
+        partial_sum = partial_sum + addend
+        state = DepthState(sources, partial_sum, None, known, phase_one)
+    output, log_sum_exp, own = to_merge(queries, state, num_written, settings)
+    merged = output.view(-1)
+    if own:
+        query, lse = queries[num_written], log_sum_exp.item()
+        for index, source in enumerate(own):
+            value = upcast(source).view(-1)
+            difference = torch.dot(value, query).item() * inverse_rms_of_token(value, settings.key_norm_eps) - lse
+            merged = torch.lerp(value, merged, 0.5 - 0.5 * math.tanh(difference / 2))  # by sigmoid(-difference)
+            if index + 1 < len(own):
+                lse += max(difference, 0.0) + math.log1p(math.exp(-abs(difference)))
+    scale = settings.scale(len(sources) + (partial_sum is not None))
     if norm is not None:
-        merged = merged.mul_(inverse_rms_of_token(merged, norm.eps / scale**2)).mul_(norm.weight)
+        merged = merged.mul(inverse_rms_of_token(merged, norm.eps / scale**2)).mul_(norm.weight)
     elif scale != 1:
-        merged = merged.mul_(scale)
-    return merged.view(own[0].shape).to(own[0].dtype)
+        merged = merged.mul(scale)
+    return merged.to(sources[0].dtype).view_as(sources[0]), state
+
+
+def phase_one_of_token(queries: torch.Tensor, eps: float, sources: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """[`phase_one_forward`] of one token, which takes 1 / rms of all sources anew, and scales no read."""
+    values = upcast(torch.cat(sources, dim=1))[0]
+    _, logits = phase_one_logits(queries, inverse_rms(values, eps), values)  # [sources, reads]
+    weights = logits.softmax(0)
+    log_sum_exps = logits.amax(0) - weights.amax(0).log_()
+    outputs, shape = weights.T @ values, sources[0].shape
+    return [*outputs.view(-1, *shape).unbind(0), *log_sum_exps.view(-1, *shape[:-1]).unbind(0)]
+
+
+def inverse_rms_of_token(value: torch.Tensor, eps: float) -> float:
+    mean_square = torch.dot(value, value).item() / value.shape[0] + eps
+    return 1 / math.sqrt(mean_square) if mean_square else math.inf
 
 
 def phase_two_forward(
@@ -609,9 +628,6 @@ def phase_two_forward(
         `[batch, sequence, hidden]` in the dtype of the sources.
     """
     *finished, last = own
-    if is_token_on_cpu(log_sum_exp):
-        total = last if addend is None else last + addend
-        return phase_two_of_token(query, scale, eps, output, log_sum_exp, known, (*finished, total), norm), total
     slices = chunks(log_sum_exp.numel(), MERGED_TENSORS * query.shape[0])
     if len(slices) == 1:
         total = last if addend is None else last + addend

@@ -170,9 +170,7 @@ STREAM_OPERATORS = (torch.Tensor.add, torch.Tensor.mul)
 
 
 def read_streams(module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Whoever is handed a stream, reads it; a pre-hook of the children of decoder layers."""
-    if not any(type(arg) is ResidualStream for arg in (*args, *kwargs.values())):
-        return args, kwargs
+    """Whoever is handed a stream, reads it."""
     args = tuple(arg.read() if isinstance(arg, ResidualStream) else arg for arg in args)
     return args, {name: arg.read() if isinstance(arg, ResidualStream) else arg for name, arg in kwargs.items()}
 
@@ -195,32 +193,42 @@ def checkpoint_apart(checkpoint: Callable[..., Any], function: Callable[..., Any
     return tree_unflatten(checkpoint(run, *leaves), structures[0])
 
 
-class AttnResRMSNorm(nn.Module):
+class AttnResChild(nn.Module):
+    """A child of a decoder layer, which reads the stream that it is handed. Instances are made by [`rewire`], never
+    constructed. (A pre-hook would do, but every decoded token would wait for the machinery of hooks.)"""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if ResidualStream in map(type, (*args, *kwargs.values())):
+            args, kwargs = read_streams(self, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        mixin, module_class = type(self).__bases__
+        return _new_module, (mixin, module_class), self.__dict__
+
+
+class AttnResRMSNorm(AttnResChild):
     """An RMSNorm of the backbone that leaves its work to the read it follows, where the implementation of depth
-    attention takes that into its own pass over memory; hooks that PyTorch keeps for all modules are not called then.
-    Instances are made by [`rewire`], never constructed."""
+    attention takes that into its own pass over memory; hooks that PyTorch keeps for all modules are not called then."""
 
     weight: torch.Tensor
     variance_epsilon: float
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stream = args[0] if len(args) == 1 else None
-        if type(stream) is ResidualStream and stream.fuses and stream.value is None:
-            weight = self.weight
+        if type(stream) is ResidualStream and stream.fuses and stream.value is None and not self.is_hooked():
+            weight, dtype = self.weight, stream.state.sources[0].dtype
             # In float64 too, the library's norms take their statistics in float32, which a read does not.
-            if weight.dtype == stream.dtype != torch.float64 and not self.is_hooked():
+            if weight.dtype == dtype != torch.float64:
                 return stream.read_normed(Norm(weight, self.variance_epsilon))
         return super().__call__(*args, **kwargs)
 
     def is_hooked(self) -> bool:
         """Whether somebody else has a part in the norm: a kernel of the library in its place, a hook that brings
         offloaded weights, a user's hook that wants tensors."""
-        if "forward" in self.__dict__ or self._forward_hooks or len(self._forward_pre_hooks) > 1:  # one is ours
+        if "forward" in self.__dict__ or self._forward_hooks or self._forward_pre_hooks:
             return True
         return bool(self._backward_hooks or self._backward_pre_hooks)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _new_module, (AttnResRMSNorm, type(self).__bases__[1]), self.__dict__
 
 
 class AttnResDecoderLayer(GradientCheckpointingLayer):
@@ -367,10 +375,14 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
         layer.input_name = list(inspect.signature(layer_class.forward).parameters)[1]
         for child in layer.children():
             for module in child if isinstance(child, nn.ModuleList) else (child,):
-                module.register_forward_pre_hook(read_streams, with_kwargs=True)
-                norm_class: Any = type(module)
-                if may_fuse and hasattr(module, "variance_epsilon") and is_rms_norm(norm_class):
-                    module.__class__ = _rewired_class(AttnResRMSNorm, norm_class)
+                module_class: Any = type(module)
+                if isinstance(module, AttnResChild):  # of several layers
+                    continue
+                if module_class.__module__.startswith("torch.nn."):  # tools look for those by their exact type
+                    module.register_forward_pre_hook(read_streams, with_kwargs=True)
+                    continue
+                is_fused = may_fuse and hasattr(module, "variance_epsilon") and is_rms_norm(module_class)
+                module.__class__ = _rewired_class(AttnResRMSNorm if is_fused else AttnResChild, module_class)
     for module in backbone.modules():  # device maps and FSDP find layers by the name of their class
         if isinstance(module, PreTrainedModel):
             module._no_split_modules = {renamed.get(name, name) for name in module._no_split_modules or ()}

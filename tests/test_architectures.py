@@ -47,7 +47,8 @@ def decode(model: Any, input_ids: torch.Tensor, prefilled: int = 9) -> torch.Ten
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+    # Rounding grows with the logits: MiniCPM3's have a standard deviation of 5, most others' of less than 1.
+    torch.testing.assert_close(actual, expected, atol=2e-5 * max(1.0, expected.std().item()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)

@@ -267,11 +267,14 @@ def test_one_token_alone_reads_as_among_others(block_size, dtype, mix, has_norm)
             states = [state.write(part, closes_block, at_once=False) for state, part in zip(states, outputs)]
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e18, float("inf"), float("nan")])
-def test_extreme_values_of_one_token(size: float) -> None:
+@pytest.mark.parametrize(
+    ("size", "query"),
+    [(0.0, 1e3), (1e-30, 1e3), (-1e18, 1e3), (1e18, 1.0), (float("inf"), 1e3), (float("nan"), 1e3)],
+)  # not (1e18, 1e3): logits of 24000 would tie but for an epsilon, and float32 tells them apart to 1e-3
+def test_extreme_values_of_one_token(size: float, query: float) -> None:
     """Come to what they come to among others, without an error."""
     settings = DepthSettings(2, "sum", 1e-6, DEPTH_ATTENTION_FUNCTIONS["two_phase"], group_size=4)
-    queries, norm = torch.full((9, HIDDEN), 1e3), Norm(torch.ones(HIDDEN), 0.0)
+    queries, norm = torch.full((9, HIDDEN), query), Norm(torch.ones(HIDDEN), 0.0)
     results = []
     for count in (1, 2):
         states = DepthState((torch.ones(1, count, HIDDEN),), torch.full((1, count, HIDDEN), size))
