@@ -267,6 +267,25 @@ def test_one_token_alone_reads_as_among_others(block_size, dtype, mix, has_norm)
             states = [state.write(part, closes_block, at_once=False) for state, part in zip(states, outputs)]
 
 
+@pytest.mark.parametrize("token_first", [False, True])
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+def test_a_group_that_one_token_opened_goes_on_otherwise(block_size: int, token_first: bool) -> None:
+    """As where some layers of a model are compiled, and some not."""
+    two_phase, eager = (
+        DepthSettings(block_size, "sum", 1e-6, DEPTH_ATTENTION_FUNCTIONS[name], group_size=4)
+        for name in ("two_phase", "eager")
+    )
+    values, queries = [value[:1, :1] for value in make_sources(8)], torch.randn(9, HIDDEN)
+    state = reference = DepthState((values[0],))
+    for index, output in enumerate(values[1:]):
+        expected, reference = read(queries, reference, index, eager)
+        with torch.set_grad_enabled((index % 2 == 0) != token_first):
+            actual, state = read(queries, state, index, two_phase)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+        closes_block = (index + 1) % block_size == 0
+        state, reference = (s.write(output, closes_block, at_once=False) for s in (state, reference))
+
+
 @pytest.mark.parametrize(
     ("size", "query"),
     [(0.0, 1e3), (1e-30, 1e3), (-1e18, 1e3), (1e18, 1.0), (float("inf"), 1e3), (float("nan"), 1e3)],

@@ -479,6 +479,19 @@ def test_embeddings_and_tied_head(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.eval()(random_tokens()).logits, model(random_tokens()).logits)
 
 
+def test_children_of_layers_stay_what_they_are() -> None:
+    """Tools look for modules of torch by their exact type, for others by `isinstance`."""
+    backbone = tiny_model("stablelm")
+    model = retrofit(backbone)
+    changed = 0
+    for name, module in backbone.named_modules():
+        other = model.backbone.get_submodule(name)
+        assert isinstance(other, type(module))
+        assert type(other) is type(module) or not type(module).__module__.startswith("torch.nn.")
+        changed += type(other) is not type(module)
+    assert changed == 3 * len(model.backbone.model.layers)  # the layer, its attention and its MLP; norms are LayerNorms
+
+
 @pytest.mark.parametrize("implementation", ["two_phase", "auto"])
 @pytest.mark.parametrize("family", ["qwen3", "gemma4_text", "stablelm"])
 def test_copies_and_pickles(family: str, implementation: str) -> None:
