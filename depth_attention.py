@@ -68,7 +68,7 @@ class DepthState(NamedTuple):
         this was its last sublayer. Unless `at_once`, it becomes the `addend` of a block that has a partial sum and
         stays open. Sources keep the dtype of the embedding, also under autocast, and are contiguous, whatever layout a
         sublayer (a convolution, for one) gave its output."""
-        sources, total, addend, *known = self  # built anew rather than replaced in, which is slow
+        sources, total, addend, known, phase_one = self  # built anew rather than replaced in, which is slow
         output = output.to(sources[0].dtype).contiguous()
         if total is not None and addend is not None:
             total = total + addend
@@ -77,10 +77,10 @@ class DepthState(NamedTuple):
         elif at_once or closes_block:
             total = total + output
         else:
-            return DepthState(sources, total, output, *known)
+            return DepthState(sources, total, output, known, phase_one)
         if closes_block:
-            return DepthState((*sources, in_memory(total)), None, None, *known)
-        return DepthState(sources, total, None, *known)
+            return DepthState((*sources, in_memory(total)), None, None, known, phase_one)
+        return DepthState(sources, total, None, known, phase_one)
 
     def added(self) -> DepthState:
         """The same state, with its addend in the partial sum."""
