@@ -48,8 +48,8 @@ class DepthState(NamedTuple):
         addend (`torch.Tensor`, *optional*):
             The last output, `[batch, sequence, hidden]`, where adding it to the partial sum is left to the next read.
         inverse_rms (`torch.Tensor`, *optional*):
-            1 / rms of the finished sources, `[batch, sequence, sources]`, float32, for `"two_phase"`; it lacks a source
-            that was finished after the last read.
+            1 / rms of the finished sources, `[batch, sequence, sources]`, float32, for `"two_phase"`,
+            which does without for one token on a CPU; it lacks a source that was finished after the last read.
         phase_one (`list[torch.Tensor]`):
             What phase one (Algorithm 1) found for the reads of the open group ([`DepthSettings`]), over the sources
             finished before it: normalised output of each, `[batch, sequence, hidden]`, then the log-sum-exp of each,

@@ -217,9 +217,9 @@ class AttnResRMSNorm(AttnResChild):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stream = args[0] if len(args) == 1 else None
         if type(stream) is ResidualStream and stream.fuses and stream.value is None and not self.is_hooked():
-            weight, dtype = self.weight, stream.state.sources[0].dtype
+            weight = self.weight
             # In float64 too, the library's norms take their statistics in float32, which a read does not.
-            if weight.dtype == dtype != torch.float64:
+            if weight.dtype == stream.dtype != torch.float64:
                 return stream.read_normed(Norm(weight, self.variance_epsilon))
         return super().__call__(*args, **kwargs)
 
