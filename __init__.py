@@ -39,12 +39,16 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_MODULE_OF])
 
 
-def _register(configuration_auto: Any) -> None:
+def _register_configuration(configuration_auto: Any) -> None:
     import_module(".configuration_attnres", __name__)
 
 
-# `import attnres` makes the Auto classes know AttnRes, yet imports neither torch nor them before they are used: the
-# configuration registers itself as soon as `AutoConfig` exists, and the models as soon as there is a configuration.
+def _register_models(modeling_auto: Any) -> None:
+    import_module(".modeling_attnres", __name__)
+
+
+# `import attnres` makes the Auto classes know AttnRes, yet imports neither torch nor them before they are used.
 # (Under another name this file is the root of a source tree, as a test runner sees it.)
 if __name__ == "attnres":
-    wrapt.register_post_import_hook(_register, "transformers.models.auto.configuration_auto")
+    wrapt.register_post_import_hook(_register_configuration, "transformers.models.auto.configuration_auto")
+    wrapt.register_post_import_hook(_register_models, "transformers.models.auto.modeling_auto")

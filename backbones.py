@@ -30,6 +30,12 @@ class Backbone(NamedTuple):
             How often the layers read from the stream and write to it, per `num_hidden_layers`: twice as a rule, once
             where attention and MLP stand in parallel.
         layers (`str`): where the base model holds its decoder layers.
+        base_model (`str`, *optional*):
+            Where a model with a head holds its base model, if that is not its `base_model_prefix`.
+        slices_positions (`str`, *optional*):
+            The method of the base model that cuts the positions of a prefill that its last layers need not compute. It
+            takes what it cuts, and how many positions to keep. It is replaced by one that keeps all of them, because
+            a state of depth is no tensor.
         replaces_stream (`bool`):
             Whether a decoder layer returns something that is not its input plus something; the difference is then
             what it writes.
@@ -37,6 +43,8 @@ class Backbone(NamedTuple):
 
     sublayers: int | Callable[[Any], int] = 2
     layers: str = "layers"
+    base_model: str | None = None
+    slices_positions: str | None = None
     replaces_stream: bool = False
 
     def sublayers_per_layer(self, config: Any) -> int:
@@ -57,10 +65,10 @@ SUPPORTED: dict[str, Backbone] = {
         """
             afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba beam biogpt bitnet cwm deepseek_v2 deepseek_v3
             deepseek_v32 diffllama doge dots1 dots3_note_text ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1
-            flex_olmo flint gemma gemma2 gemma3_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa
+            flex_olmo flint gemma gemma2 gemma3_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa
             gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium
             hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax inkling_text internlm3 iquestcoder jais2 jamba jetmoe
-            kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4_text longcat_flash mellum mimo_v2_flash minicpm3
+            kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama longcat_flash mellum mimo_v2_flash minicpm3
             minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder nanochat nemotron olmo
             olmo2 olmo3 olmo_hybrid olmoe persimmon phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text
             qwen3_moe qwen3_next seed_oss smollm3 solar_open starcoder2 vaultgemma xglm youtu
@@ -72,7 +80,9 @@ SUPPORTED: dict[str, Backbone] = {
     **dict.fromkeys(("gpt_neox", "stablelm"), Backbone(_one_if_parallel)),
     **dict.fromkeys(("ctrl", "gpt2", "gpt_bigcode"), Backbone(layers="h")),
     # The per-layer embedding, if there is one, is a third sublayer.
-    "gemma4_text": Backbone(_three_if_per_layer_input),
+    "gemma4_text": Backbone(_three_if_per_layer_input, slices_positions="_maybe_slice_kv_shared_inputs"),
+    "gemma4_unified_text": Backbone(slices_positions="_maybe_slice_kv_shared_inputs"),
+    "llama4_text": Backbone(base_model="model"),
     # Attention and MLP see a scaled or normalised residual of their own, so the decoder layer is the unit of depth.
     **dict.fromkeys(("minimax", "zaya"), Backbone(1, replaces_stream=True)),
 }
@@ -113,3 +123,22 @@ REFUSED: dict[str, str] = {
     "opt": "its decoder layers reshape the residual stream",
     "recurrent_gemma": "it keeps the state of its recurrent layers in its modules instead of a cache",
 }
+
+# The norms that are RMSNorm and nothing else: `weight * x / sqrt(mean(x^2) + variance_epsilon)`. The others add one to
+# their weight (Gemma), subtract a mean (Cohere), or gate.
+RMS_NORMS: frozenset[str] = frozenset(
+    """
+        AXK1RMSNorm AXK2RMSNorm AfmoeRMSNorm ApertusRMSNorm ArceeRMSNorm AriaTextRMSNorm BailingHybridRMSNorm
+        BambaRMSNorm BeamRMSNorm BitNetRMSNorm CwmRMSNorm DeepseekV2RMSNorm DeepseekV32RMSNorm DeepseekV3RMSNorm
+        DiffLlamaRMSNorm DogeRMSNorm Dots1RMSNorm Dots3NoteRMSNorm Ernie4_5RMSNorm Ernie4_5_MoeRMSNorm
+        Exaone4RMSNorm ExaoneMoeRMSNorm FalconH1RMSNorm FlexOlmoRMSNorm FlintRMSNorm Glm4MoeLiteRMSNorm
+        Glm4MoeRMSNorm Glm4RMSNorm GlmMoeDsaRMSNorm GlmRMSNorm GptOssRMSNorm GraniteMoeHybridRMSNorm
+        GraniteMoeRMSNorm GraniteMoeSWARMSNorm GraniteMoeSharedRMSNorm GraniteRMSNorm GraniteSWARMSNorm HYV3RMSNorm
+        HeliumRMSNorm HunYuanDenseV1RMSNorm HunYuanMoEV1RMSNorm HyperCLOVAXRMSNorm InklingRMSNorm JambaRMSNorm
+        JetMoeRMSNorm KimiLinearRMSNorm Kolibri1RMSNorm LagunaRMSNorm Lfm2MoeRMSNorm Lfm2RMSNorm Lfm3RMSNorm
+        LlamaRMSNorm LongcatFlashRMSNorm MellumRMSNorm MiMoV2FlashRMSNorm MiniCPM3RMSNorm MiniMaxM2RMSNorm
+        MiniMaxRMSNorm Ministral3RMSNorm MinistralRMSNorm MistralRMSNorm MixtralRMSNorm NemotronHRMSNorm
+        Olmo2RMSNorm Olmo3RMSNorm OlmoHybridRMSNorm OlmoeRMSNorm Phi3RMSNorm Qwen2MoeRMSNorm Qwen2RMSNorm
+        Qwen3MoeRMSNorm Qwen3RMSNorm SeedOssRMSNorm SmolLM3RMSNorm SolarOpenRMSNorm YoutuRMSNorm ZayaRMSNorm
+    """.split()
+)

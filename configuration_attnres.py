@@ -11,28 +11,52 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Configuration of Attention Residuals (AttnRes, arXiv 2603.15031) over any decoder of Transformers."""
+"""Configuration of Attention Residuals (AttnRes, arXiv 2603.15031) over any decoder of Transformers.
+
+An AttnRes configuration *is* the configuration of its decoder, the *backbone*: the class of each is made at run time and
+derives from [`AttnResConfig`] and from the backbone's own configuration class. It has one more entry, `depth_attention`.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
-from importlib import import_module
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .backbones import REFUSED, SUPPORTED, Backbone
 
 MIXES = ("mean", "sum")
 DEPTH_ATTENTION_IMPLEMENTATIONS = ("eager", "two_phase", "triton", "auto")
-DEPTH_FIELDS = ("block_size", "num_blocks", "mix", "key_norm_eps", "depth_attention_implementation")
-OWN_FIELDS = ("auto_map", "quantization_config")  # a backbone may have them too, but the loader looks for them here
+DEPTH_DEFAULTS = {"mix": "mean", "key_norm_eps": 1e-6, "implementation": "two_phase"}
 DEFAULT_NUM_BLOCKS = 8
 
-# False in the copy of this file that travels with a checkpoint: that one the library registers, if it is trusted.
+# The arguments of the constructor that set an entry of `depth_attention`, by the entry that each sets.
+DEPTH_ARGUMENTS = {
+    "block_size": "block_size",
+    "num_blocks": "num_blocks",
+    "mix": "mix",
+    "key_norm_eps": "key_norm_eps",
+    "depth_attention_implementation": "implementation",
+}
+
+# What `trust_remote_code` loads, by the Auto class that looks for it.
+AUTO_MAP = {
+    "AutoConfig": "configuration_attnres.AttnResConfig",
+    "AutoModel": "modeling_attnres.AttnResModel",
+    "AutoModelForCausalLM": "modeling_attnres.AttnResForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_attnres.AttnResForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_attnres.AttnResForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_attnres.AttnResForQuestionAnswering",
+}
+
+# False in the copy of this file that travels with a checkpoint. The library registers that copy, if it is trusted.
 IS_INSTALLED = __package__ == "attnres"
 
 
@@ -73,9 +97,11 @@ class AttnResConfig(PreTrainedConfig):
     Configuration of an [`AttnResModel`] or [`AttnResForCausalLM`]: a decoder of Transformers, the *backbone*, whose
     residual sum is replaced by softmax attention over depth.
 
-    Whatever this configuration does not define itself (`hidden_size`, `num_hidden_layers`, `vocab_size`, token ids,
-    `tie_word_embeddings`, `layer_types`, ...) is read from, and written to, `backbone_config`. Loaded from the
-    configuration of another decoder, `from_pretrained` makes that decoder the backbone, with `mix="sum"`.
+    The object that this gives is also an instance of the backbone's own configuration class, with all its fields, its
+    `model_type` and its defaults. So whatever asks a configuration, or looks something up by `model_type`, gets the
+    backbone's answer. In config.json, `model_type` is `"attnres"`, which makes the Auto classes load this class, and
+    `backbone_model_type` is the backbone's. From the configuration of another decoder, `from_pretrained` makes an
+    AttnRes configuration with `mix="sum"`.
 
     Args:
         backbone_config (`PreTrainedConfig`, `dict` or `str`):
@@ -97,6 +123,15 @@ class AttnResConfig(PreTrainedConfig):
         depth_attention_implementation (`str`, *optional*, defaults to `"two_phase"`):
             How depth attention is computed: `"eager"` (the reference), `"two_phase"`, `"triton"` (CUDA devices), or
             `"auto"` (`"triton"` where it runs, else `"two_phase"`). Every implementation gives the same result.
+        kwargs: any field of the backbone's configuration, to set it.
+
+    Attributes:
+        depth_attention (`dict`): `block_size`, `mix`, `key_norm_eps` and `implementation`, as in config.json.
+        num_sublayers (`int`): L, as a rule one token mixer and one MLP per decoder layer.
+        num_reads (`int`): R = L + 1, one read in front of each sublayer and the output read.
+        num_blocks (`int`): N = ceil(L / S). To set it sets `block_size` to ceil(L / N).
+        block_size, mix, key_norm_eps, depth_attention_implementation: the entries of `depth_attention`. A field of the
+            backbone of the same name goes first (MiniMax has a `block_size`).
 
     Raises:
         AttnResConfigError: a value is out of range; the message names the field, the value and what is allowed.
@@ -108,131 +143,237 @@ class AttnResConfig(PreTrainedConfig):
     >>> from transformers import Qwen3Config
 
     >>> config = AttnResConfig(backbone_config=Qwen3Config(num_hidden_layers=28), num_blocks=8)
-    >>> config.num_sublayers, config.block_size, config.num_blocks, config.num_reads
-    (56, 7, 8, 57)
+    >>> isinstance(config, Qwen3Config), config.num_sublayers, config.block_size, config.num_blocks, config.num_reads
+    (True, 56, 7, 8, 57)
     >>> model = AttnResForCausalLM(config)
     ```
     """
 
     model_type = "attnres"
-    sub_configs_defaults = {"backbone_config": SubConfigSpec(AutoConfig, model_type="qwen3")}
-    has_no_defaults_at_init = True  # there is no default decoder
-    keys_to_ignore_at_inference = ["past_key_values"]
+    backbone_config_class: ClassVar[type[PreTrainedConfig] | None] = None  # of the classes that `config_class_of` makes
 
-    # Typed as what they are once the configuration is made; `None` stands for "not given".
-    backbone_config: PreTrainedConfig = None  # type: ignore[assignment]
-    block_size: int = None  # type: ignore[assignment]
-    mix: str = "mean"
-    key_norm_eps: float = 1e-6
-    depth_attention_implementation: str = "two_phase"
-
-    def __post_init__(self, num_blocks: int | None = None, **kwargs: Any) -> None:
-        self.backbone_config = _resolve_backbone_config(self.backbone_config)
-        if self.block_size is not None and num_blocks is not None:
-            raise AttnResConfigError(
-                f"block_size={self.block_size!r} and num_blocks={num_blocks!r} are both given; give exactly one."
-            )
-        if self.block_size is None:
-            self.num_blocks = min(DEFAULT_NUM_BLOCKS, self.num_sublayers) if num_blocks is None else num_blocks
-        # What belongs to the backbone is set there, not beside it.
-        for name in [name for name in kwargs if self._is_backbone_field(name)]:
-            setattr(self.backbone_config, name, kwargs.pop(name))
-        # What a checkpoint on disk needs to be loaded by `trust_remote_code`, whichever class saved it.
-        kwargs["auto_map"] = {
-            "AutoConfig": "configuration_attnres.AttnResConfig",
-            "AutoModel": "modeling_attnres.AttnResModel",
-            "AutoModelForCausalLM": "modeling_attnres.AttnResForCausalLM",
-        }
+    def __new__(cls, **kwargs: Any) -> AttnResConfig:
+        if kwargs.get("backbone_config") is None and "depth_attention" in kwargs:  # the fields of a whole config.json
+            return cls.from_dict(kwargs)
+        depth = _depth_arguments(kwargs)
+        if cls.backbone_config_class is not None and "backbone_config" not in kwargs:
+            backbone_config, kwargs = cls.backbone_config_class(**kwargs), {}
+        else:
+            backbone_config = _resolve_backbone_config(kwargs.pop("backbone_config", None))
+        self = object.__new__(config_class_of(type(backbone_config)))
+        # The state of the given object as it is: it also holds what no field does, such as the attention implementation.
+        self.__dict__.update(copy.deepcopy(backbone_config.__dict__))
         try:
-            super().__post_init__(**kwargs)
-        except (AttributeError, TypeError) as error:
+            for name, value in kwargs.items():
+                _set_field(self, name, value)
+        except (AttributeError, TypeError, StrictDataclassError) as error:
             raise AttnResConfigError(f"the configuration cannot be made: {error}.") from error
+        self.auto_map = dict(AUTO_MAP)
+        self.depth_attention = depth
+        num_blocks = depth.pop("num_blocks", None)
+        if "block_size" not in depth:
+            self.num_blocks = min(DEFAULT_NUM_BLOCKS, self.num_sublayers) if num_blocks is None else num_blocks
+        elif num_blocks is not None:
+            raise AttnResConfigError(
+                f"block_size={depth['block_size']!r} and num_blocks={num_blocks!r} are both given; give exactly one."
+            )
         self.validate_depth_attention()
-        if IS_INSTALLED:  # whoever holds a configuration may ask the Auto classes for its model
-            import_module(f"{__package__}.modeling_attnres")
+        return self
+
+    def __init__(self, **kwargs: Any) -> None:
+        """`__new__` has done all of it, because the class of the object depends on the arguments."""
 
     # -- depth ---------------------------------------------------------------------------------------------------------
 
     @property
     def num_sublayers(self) -> int:
-        """`int`: L, as a rule one token mixer and one MLP per decoder layer; see `backbones.py`."""
-        backbone = SUPPORTED.get(self.backbone_config.model_type, Backbone())
-        return backbone.sublayers_per_layer(self.backbone_config) * self.backbone_config.num_hidden_layers
+        backbone = SUPPORTED.get(self.model_type, Backbone())
+        return backbone.sublayers_per_layer(self) * self.num_hidden_layers
 
     @property
     def num_reads(self) -> int:
-        """`int`: R = L + 1, one read in front of each sublayer and the output read."""
         return self.num_sublayers + 1
 
     @property
     def num_blocks(self) -> int:
-        """`int`: N = ceil(L / S). Setting it sets `block_size` to ceil(L / N)."""
-        return -(-self.num_sublayers // self.block_size)
+        return -(-self.num_sublayers // self.depth_attention["block_size"])
 
     @num_blocks.setter
     def num_blocks(self, num_blocks: int) -> None:
         _check_range("num_blocks", num_blocks, 1, self.num_sublayers, "sublayers of the backbone")
-        self.block_size = -(-self.num_sublayers // num_blocks)
+        self.depth_attention["block_size"] = -(-self.num_sublayers // num_blocks)
 
     def validate_depth_attention(self) -> None:
-        """Raises [`AttnResConfigError`] unless every field of depth attention makes sense; also run when saving."""
-        _check_range("block_size", self.block_size, 1, self.num_sublayers, "sublayers of the backbone")
-        _check_choice("mix", self.mix, MIXES)
-        _check_choice(
-            "depth_attention_implementation", self.depth_attention_implementation, DEPTH_ATTENTION_IMPLEMENTATIONS
-        )
-        eps = self.key_norm_eps
+        """Raises [`AttnResConfigError`] unless every entry of `depth_attention` makes sense; also run when saving."""
+        depth = self.depth_attention
+        if unknown := sorted(depth.keys() - {"block_size", *DEPTH_DEFAULTS}):
+            raise AttnResConfigError(
+                f"depth_attention has an entry {unknown[0]!r}; allowed are {', '.join(['block_size', *DEPTH_DEFAULTS])}."
+            )
+        _check_range("block_size", depth.get("block_size"), 1, self.num_sublayers, "sublayers of the backbone")
+        _check_choice("mix", depth["mix"], MIXES)
+        _check_choice("depth_attention_implementation", depth["implementation"], DEPTH_ATTENTION_IMPLEMENTATIONS)
+        eps = depth["key_norm_eps"]
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1:
             raise AttnResConfigError(f"key_norm_eps={eps!r} is not allowed; it must be a number between 0 and 1.")
 
     def validate(self) -> None:
-        """Of its own fields each configuration is the judge."""
+        """Checks the entries of `depth_attention`, then lets the backbone's configuration check its fields."""
         self.validate_depth_attention()
-        self.backbone_config.validate()
+        super().validate()
 
-    # -- what generic code reads answers from the backbone -------------------------------------------------------------
+    # -- in and out ----------------------------------------------------------------------------------------------------
 
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """Returns the backbone's text config, the one that describes vocabulary, heads and caches."""
-        return self.backbone_config.get_text_config(decoder=decoder, encoder=encoder)
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As in [`PreTrainedConfig`]; `kwargs` may also hold arguments of this class. Takes the configuration of an
+        AttnRes model, or that of another decoder, which becomes the backbone with `mix="sum"`."""
+        config_dict, others = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == AttnResConfig.model_type:
+            return cls.from_dict(config_dict, **others)
+        depth = {name: kwargs.pop(name) for name in DEPTH_ARGUMENTS if name in kwargs}
+        returns_unused = kwargs.pop("return_unused_kwargs", False)
+        backbone_config, unused = AutoConfig.from_pretrained(
+            pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
+        )
+        config = _with_depth(backbone_config, {"mix": "sum"}, depth)
+        return (config, unused) if returns_unused else config
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        if config_dict.get("model_type", cls.model_type) != cls.model_type:
-            config_dict = {"backbone_config": config_dict, "mix": "sum", "dtype": config_dict.get("dtype")}
-        # Arguments that override a depth field are checked together with the rest; `None` overrides nothing.
-        given = {name: kwargs.pop(name) for name in DEPTH_FIELDS if name in kwargs}
-        overrides = {name: value for name, value in given.items() if value is not None}
-        if "block_size" in overrides or "num_blocks" in overrides:
-            config_dict = {name: value for name, value in config_dict.items() if name != "block_size"}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        """As in [`PreTrainedConfig`]; `kwargs` may also hold arguments of this class."""
+        if "backbone_config" in config_dict:
+            raise AttnResConfigError(
+                "this config.json nests the decoder's fields in `backbone_config`, as attnres 0.1 did; convert the "
+                "source again with this version."
+            )
+        depth = {name: kwargs.pop(name) for name in DEPTH_ARGUMENTS if name in kwargs}
+        returns_unused = kwargs.pop("return_unused_kwargs", False)
+        fields = dict(config_dict)
+        entry = fields.pop("depth_attention", {"mix": "sum"})
+        model_type = fields.pop("model_type", None)
+        model_type = fields.pop("backbone_model_type", model_type)
+        if not isinstance(entry, dict):
+            raise AttnResConfigError(f"depth_attention={entry!r}; a dict of settings was expected.")
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or model_type == AttnResConfig.model_type:
+            raise AttnResConfigError(
+                f"backbone_model_type={model_type!r} is no decoder that this version of Transformers has."
+            )
+        try:
+            backbone_config, unused = CONFIG_MAPPING[model_type].from_dict(
+                {**fields, "model_type": model_type}, return_unused_kwargs=True, **kwargs
+            )
+        except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+            raise AttnResConfigError(f"the fields make no {model_type} configuration: {error}") from error
+        config = _with_depth(backbone_config, entry, depth)
+        return (config, unused) if returns_unused else config
 
     def to_diff_dict(self) -> dict[str, Any]:
-        output = super().to_diff_dict()
-        output["backbone_config"] = self.backbone_config.to_diff_dict()
-        output["backbone_config"].pop("transformers_version", None)
-        return output
+        return self._as_on_disk(super().to_diff_dict())
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        if use_diff:
+            return super().to_json_string()
+        fields = self._encode_special_floats(self._as_on_disk(self.to_dict()))
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+    def _as_on_disk(self, fields: dict[str, Any]) -> dict[str, Any]:
+        return {**fields, "model_type": AttnResConfig.model_type, "backbone_model_type": self.model_type}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         self.validate()  # before anything is written
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        # Reached only when normal lookup failed. Nothing is delegated before the base class has finished its own
-        # `__post_init__`, which probes for attributes in order to convert them.
-        if name.startswith("_") or not self.__dict__.get("_post_init_done", False):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.backbone_config, name)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new_config, (self.backbone_config_class,), self.__dict__
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__.get("_post_init_done", False) and self._is_backbone_field(name):
-            setattr(self.backbone_config, name, value)
-        else:
-            super().__setattr__(name, value)
 
-    def _is_backbone_field(self, name: str) -> bool:
-        is_own = name.startswith("_") or name in OWN_FIELDS or name in self.__dict__ or hasattr(type(self), name)
-        return not is_own and hasattr(self.backbone_config, name)
+def _depth_property(entry: str) -> property:
+    def get(self: AttnResConfig) -> Any:
+        return self.depth_attention[entry]
+
+    def set_(self: AttnResConfig, value: Any) -> None:
+        self.depth_attention[entry] = value
+
+    return property(get, set_)
+
+
+for _argument, _entry in DEPTH_ARGUMENTS.items():
+    if _argument != "num_blocks":
+        setattr(AttnResConfig, _argument, _depth_property(_entry))
+
+
+@cache
+def config_class_of(backbone_config_class: type[PreTrainedConfig]) -> type[AttnResConfig]:
+    """The class of an AttnRes configuration over backbones of one class. It bears the name `AttnResConfig`, by which
+    the Auto classes compare configurations with models, and which saving writes into `auto_map`."""
+    namespace: dict[str, Any] = {
+        "__module__": __name__,
+        "__doc__": AttnResConfig.__doc__,
+        "__init__": AttnResConfig.__init__,
+        "model_type": backbone_config_class.model_type,
+        "backbone_config_class": backbone_config_class,
+    }
+    for name in DEPTH_ARGUMENTS:  # a field of the backbone's goes first
+        if hasattr(backbone_config_class, name):
+            namespace[name] = getattr(backbone_config_class, name)
+    made = type(AttnResConfig.__name__, (AttnResConfig, backbone_config_class), namespace)
+    _config_classes.append(made)
+    for observer in _observers:
+        observer(made)
+    return made
+
+
+_config_classes: list[type[AttnResConfig]] = []
+_observers: list[Callable[[type[AttnResConfig]], None]] = []
+
+
+def for_each_config_class(observer: Callable[[type[AttnResConfig]], None]) -> None:
+    """Calls the observer with each class that [`config_class_of`] has made, and from now on makes."""
+    _observers.append(observer)
+    for made in _config_classes:
+        observer(made)
+
+
+def _new_config(backbone_config_class: type[PreTrainedConfig]) -> AttnResConfig:
+    return object.__new__(config_class_of(backbone_config_class))
+
+
+def _with_depth(backbone_config: PreTrainedConfig, entry: dict[str, Any], arguments: dict[str, Any]) -> AttnResConfig:
+    """A configuration whose `depth_attention` is `entry`, but for arguments that are not `None`."""
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    if arguments.keys() & {"block_size", "num_blocks"}:
+        entry = {name: value for name, value in entry.items() if name != "block_size"}
+    return AttnResConfig(backbone_config=backbone_config, depth_attention=entry, **arguments)
+
+
+def _depth_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Takes the arguments of depth attention out of those of the constructor: the entries of `depth_attention`, and
+    `num_blocks` if it was given."""
+    depth = {**DEPTH_DEFAULTS, **kwargs.pop("depth_attention", {})}
+    for argument, entry in DEPTH_ARGUMENTS.items():
+        if argument in kwargs:
+            value = kwargs.pop(argument)
+            if value is not None or argument not in ("block_size", "num_blocks"):
+                depth[entry] = value
+    return depth
+
+
+def _set_field(config: PreTrainedConfig, name: str, value: Any) -> None:
+    """Sets what the constructor of a configuration takes under a name that is no attribute, or converts."""
+    if name in ("attn_implementation", "experts_implementation", "attn_implementation_internal"):
+        name = f"_{name}"
+    elif name in ("dtype", "torch_dtype"):
+        name, value = "dtype", _dtype(value)
+    setattr(config, name, value)
+
+
+def _dtype(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    import torch
+
+    return getattr(torch, value)
 
 
 def _resolve_backbone_config(backbone_config: Any) -> PreTrainedConfig:
@@ -262,22 +403,15 @@ def _resolve_backbone_config(backbone_config: Any) -> PreTrainedConfig:
             f"backbone_config={backbone_config!r} is a {type(backbone_config).__name__}; allowed are a config object, "
             "a dict with a `model_type`, or a path or Hub id."
         )
-    if backbone_config.model_type == AttnResConfig.model_type:
-        raise AttnResConfigError(
-            "backbone_config is itself an AttnRes configuration; give the decoder's own, its `backbone_config`."
-        )
-    if getattr(backbone_config, "quantization_config", None) is not None:
-        raise AttnResConfigError(
-            f"backbone_config of type {backbone_config.model_type!r} has a quantization_config, which names modules of "
-            "the backbone alone; `attnres convert` makes a quantised checkpoint an AttnRes checkpoint."
-        )
+    if hasattr(backbone_config, "backbone_config_class"):  # of any copy of this file
+        raise AttnResConfigError("backbone_config is itself an AttnRes configuration; give the decoder's own.")
     num_hidden_layers = getattr(backbone_config, "num_hidden_layers", None)
     if isinstance(num_hidden_layers, bool) or not isinstance(num_hidden_layers, int) or num_hidden_layers < 1:
         raise AttnResConfigError(
             f"backbone_config of type {backbone_config.model_type!r} has num_hidden_layers={num_hidden_layers!r}; "
             "a decoder with at least one layer is needed."
         )
-    return copy.deepcopy(backbone_config)  # it may be that of a model in use, whose attention would be reset with it
+    return backbone_config
 
 
 def _check_range(field: str, value: Any, low: int, high: int, what: str) -> None:

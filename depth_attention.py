@@ -144,9 +144,9 @@ class DepthAttention(nn.Module):
         key_norm (`[reads, hidden]`): weights g_l of the RMSNorm on the keys, one at initialisation.
     """
 
-    def __init__(self, config: AttnResConfig):
+    def __init__(self, num_reads, hidden_size):
         super().__init__()
-        shape = (config.num_reads, config.get_text_config().hidden_size)
+        shape = (num_reads, hidden_size)
         self.query = nn.Parameter(torch.zeros(shape))
         self.key_norm = nn.Parameter(torch.ones(shape))
 
@@ -199,6 +199,11 @@ class DepthSettings(NamedTuple):
     def scale(self, num_sources: int) -> int:
         """Factor of a read of so many sources."""
         return num_sources if self.mix == "sum" else 1
+
+
+def depth_settings(d, num_sublayers):  # SHIM
+    bs = d['block_size']
+    return DepthSettings(bs, d['mix'], d['key_norm_eps'], DEPTH_ATTENTION_FUNCTIONS[d['implementation']], bs * max(1, round(num_sublayers**0.5 / bs)))
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from attnres import AttnResConfig, AttnResForCausalLM
+from attnres.depth_attention import DepthAttention
 
 VOCAB_SIZE = 96
 
@@ -212,18 +212,24 @@ def random_tokens(batch: int = 2, length: int = 13, seed: int = 0) -> torch.Tens
 def retrofit(backbone: PreTrainedModel, random_queries: bool = False, **kwargs: Any) -> AttnResForCausalLM:
     """An AttnRes model with the weights of `backbone`, in memory; `kwargs` go to its [`AttnResConfig`]."""
     kwargs = {"mix": "sum"} | kwargs
-    config = AttnResConfig(backbone_config=copy.deepcopy(backbone.config), **kwargs)
-    model = AttnResForCausalLM(config).to(backbone.dtype).eval()
-    model.backbone.load_state_dict(backbone.state_dict())
+    model = AttnResForCausalLM(AttnResConfig(backbone_config=backbone.config, **kwargs)).to(backbone.dtype).eval()
+    missing, unexpected = model.load_state_dict(backbone.state_dict(), strict=False)
+    assert not unexpected
+    assert all("depth_attention" in name for name in missing)
     if random_queries:
         randomize(model)
     return model
+
+
+def depth_attention(model: Any) -> DepthAttention:
+    """The depth parameters of a model, with a head or without."""
+    return next(module for module in model.modules() if isinstance(module, DepthAttention))
 
 
 @torch.no_grad()
 def randomize(model: Any, seed: int = 1) -> None:
     """Gives every read a query and a key norm of its own, large enough that depth weights are far from uniform."""
     generator = torch.Generator().manual_seed(seed)
-    depth = model.depth_attention
+    depth = depth_attention(model)
     depth.query.copy_(torch.randn(depth.query.shape, generator=generator) * 0.3)
     depth.key_norm.copy_(1 + 0.3 * torch.randn(depth.key_norm.shape, generator=generator))
