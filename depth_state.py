@@ -1,12 +1,13 @@
 """TEMPORARY SHIM over the old depth_attention."""
 from __future__ import annotations
+
 from typing import Any, NamedTuple
-import torch
+
 from . import depth_attention as old
-from .depth_attention import Norm, DepthSettings
+
 
 class DepthCache:
-    __slots__ = ("sources", "inverse_rms", "phase_one")
+    __slots__ = ("inverse_rms", "phase_one", "sources")
     def __init__(self, sources, inverse_rms, phase_one):
         self.sources, self.inverse_rms, self.phase_one = sources, inverse_rms, phase_one
 

@@ -23,7 +23,6 @@ its input from depth and writes its output to depth, where it used to add to one
 
 from __future__ import annotations
 
-import inspect
 from functools import cache, wraps
 from typing import Any
 
@@ -339,18 +338,13 @@ def _keep_all_positions(self: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, ..
 
 
 def _with_signature(forward: Any, backbone_forward: Any) -> Any:
-    """The same function under the signature of the backbone's forward, which many tools read."""
+    """The same function under the signature of the backbone's forward, which Trainer, generate and vLLM look at."""
 
     @wraps(backbone_forward)
     def forward_of_backbone(self: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(self, *args, **kwargs)
 
     forward_of_backbone.__doc__ = forward.__doc__
-    signature = inspect.signature(backbone_forward)
-    added = inspect.signature(forward).parameters["output_depth_attentions"]
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    keywords = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-    forward_of_backbone.__signature__ = signature.replace(parameters=[*parameters, added, *keywords])  # type: ignore
     return forward_of_backbone
 
 

@@ -20,8 +20,12 @@ from typing import Any
 import torch
 
 from .depth_attention import depth_weights
-from .depth_state import read  # SHIM
-from .depth_state import DepthSettings, DepthState, Norm
+from .depth_state import (
+    DepthSettings,
+    DepthState,
+    Norm,
+    read,  # SHIM
+)
 
 
 class DepthRecorder:

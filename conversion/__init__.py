@@ -5,7 +5,7 @@
 """
 
 from .converter import ConversionReport, convert
-from .errors import ConversionError
-from .verification import Verification, VerificationError
+from .errors import ConversionError, VerificationError
+from .verification import Verification
 
 __all__ = ["ConversionError", "ConversionReport", "Verification", "VerificationError", "convert"]

@@ -20,7 +20,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich import filesize
@@ -38,7 +37,9 @@ from ..configuration_attnres import MIXES, AttnResConfig
 from ..model_cards.card import CARD, build_card, inherited_metadata
 from . import formats
 from .errors import ConversionError
-from .source import DEPTH_PREFIX, DEPTH_SHARD, Source, check_sizes, open_source, read_headers
+from .loading import DepthNames, depth_names
+from .source import DEPTH_SHARD, Source, check_sizes, open_source, read_headers
+from .tokenizer import pin_tokenizer, write_generation_config
 from .verification import VERIFICATION_MODES, Verification, check_complete, compare
 
 SINGLE_SHARD = "model-00001-of-00001.safetensors"  # `model.safetensors` would be loaded without looking at the index
@@ -55,6 +56,7 @@ class ConversionReport:
         model_type: architecture of the backbone.
         block_size, num_blocks, num_sublayers, num_reads, mix: the depth configuration (S, N, L, R).
         parameters, added_parameters: of the source, and of depth attention on top.
+        tokenizer: class of the tokenizer, whose token ids were compared; `None` if there is none that can be loaded.
         quantization: the method that the source is quantised by, and so the result; `None` for most.
         pickles: pickled files that were rewritten as safetensors.
         bytes_linked, bytes_copied, bytes_written: of weights: hard-linked, copied unchanged, and new.
@@ -72,6 +74,7 @@ class ConversionReport:
     mix: str
     parameters: int
     added_parameters: int
+    tokenizer: str | None
     quantization: str | None
     pickles: tuple[str, ...]
     bytes_linked: int
@@ -146,14 +149,12 @@ def convert(
             f"verified: {reason} Convert it where that can be loaded, or pass verify='none' (--verify none), which "
             "checks names and shapes only."
         )
-    depth: dict[str, Any] = {"block_size": block_size, "num_blocks": num_blocks}
-    if quantization is not None:
-        depth["quantization_config"] = formats.translate(checkpoint.config)
     config = AttnResConfig(
-        backbone_config=formats.unquantized(checkpoint.config),
+        backbone_config=checkpoint.config,
+        block_size=block_size,
+        num_blocks=num_blocks,
         mix=mix,
         architectures=["AttnResForCausalLM"],
-        **depth,
     )
 
     with staging(target) as stage:
@@ -162,24 +163,28 @@ def convert(
             checkpoint, written = _rewrite_pickles(checkpoint, stage)
         else:
             linked, copied = _link_shards(checkpoint, stage, progress)
-        config.dtype = dtype = formats.depth_dtype(checkpoint.config, checkpoint.num_elements)
-        written += _write_depth_shard(config, dtype, stage)
-        _write_index(checkpoint, config, stage)
+        config.dtype = formats.stored_dtype(checkpoint.config, checkpoint.num_elements)
+        names = depth_names(config)
+        written += _write_depth_shard(config, names, stage)
+        _write_index(checkpoint, config, names, stage)
         write_config_and_code(config, stage)
         for name in checkpoint.companions:
             (stage / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(checkpoint.directory / name, stage / name)
+        write_generation_config(checkpoint.directory, stage)
+        tokenizer = pin_tokenizer(checkpoint.directory, stage)
         check_complete(checkpoint, stage)
         report = ConversionReport(
             source=checkpoint.name,
             model_type=checkpoint.config.model_type,
-            block_size=config.block_size,
+            block_size=config.depth_attention["block_size"],
             num_blocks=config.num_blocks,
             num_sublayers=config.num_sublayers,
             num_reads=config.num_reads,
             mix=mix,
             parameters=checkpoint.num_parameters,
             added_parameters=2 * config.num_reads * config.hidden_size,
+            tokenizer=tokenizer,
             quantization=quantization,
             pickles=checkpoint.pickles,
             bytes_linked=linked,
@@ -208,6 +213,7 @@ def report_table(report: ConversionReport) -> Table:
         table.add_row("Quantised by", report.quantization)
     if report.pickles:
         table.add_row("Rewritten from pickles", escape(", ".join(report.pickles)))
+    table.add_row("Tokenizer", "none that can be loaded" if report.tokenizer is None else escape(report.tokenizer))
     table.add_row("Weights linked", filesize.decimal(report.bytes_linked))
     table.add_row("Weights copied", filesize.decimal(report.bytes_copied))
     table.add_row("Weights written", filesize.decimal(report.bytes_written))
@@ -303,12 +309,9 @@ def _locked(directory: Path, wait: bool = False) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _write_depth_shard(config: AttnResConfig, dtype: torch.dtype, stage: Path) -> int:
+def _write_depth_shard(config: AttnResConfig, names: DepthNames, stage: Path) -> int:
     shape = (config.num_reads, config.hidden_size)
-    tensors = {
-        f"{DEPTH_PREFIX}key_norm": torch.ones(shape, dtype=dtype),
-        f"{DEPTH_PREFIX}query": torch.zeros(shape, dtype=dtype),
-    }
+    tensors = {names.key_norm: torch.ones(shape), names.query: torch.zeros(shape)}  # float32, whatever the rest is
     return _save(tensors, stage / DEPTH_SHARD)
 
 
@@ -380,9 +383,9 @@ def _link_shards(source: Source, stage: Path, progress: bool) -> tuple[int, int]
     return linked, copied
 
 
-def _write_index(source: Source, config: AttnResConfig, stage: Path) -> None:
+def _write_index(source: Source, config: AttnResConfig, names: DepthNames, stage: Path) -> None:
     weight_map = {name: _shard_name(shard) for name, shard in source.tensors.items()}
-    weight_map |= dict.fromkeys((f"{DEPTH_PREFIX}key_norm", f"{DEPTH_PREFIX}query"), DEPTH_SHARD)
+    weight_map |= dict.fromkeys(names, DEPTH_SHARD)
     metadata = {
         "total_parameters": source.num_parameters + 2 * config.num_reads * config.hidden_size,
         "total_size": sum((stage / shard).stat().st_size for shard in set(weight_map.values())),

@@ -1,15 +1,10 @@
-"""Formats of checkpoints: which are refused, with what to do instead, and how quantisation is carried over.
-
-A quantisation config names modules of the model it was made for. In the converted model these lie below `backbone.`,
-and each of Transformers' quantisers matches names in its own way, so the names are translated for each.
-"""
+"""Formats of checkpoints: which are refused, with what to do instead, and what has to be known of quantised ones."""
 
 from __future__ import annotations
 
 import copy
-import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,20 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
 from ..backbones import SUPPORTED
-from ..modeling_attnres import AttnResPreTrainedModel, decoder_layers
 from .errors import ConversionError
 
-BACKBONE = AttnResPreTrainedModel.base_model_prefix + "."
-DEPTH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MODEL_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
@@ -168,7 +158,7 @@ def quantization_method(config: PreTrainedConfig | dict[str, Any]) -> str | None
     """The method of a configuration's `quantization_config`, or `None` if it has none.
 
     Raises:
-        ConversionError: it is malformed, or of a method whose names cannot be translated.
+        ConversionError: it is malformed, or of a method that is not known to survive a conversion.
     """
     values = config if isinstance(config, dict) else config.__dict__
     quantization = values.get("quantization_config")
@@ -178,10 +168,10 @@ def quantization_method(config: PreTrainedConfig | dict[str, Any]) -> str | None
         raise ConversionError(f"config.json: quantization_config={quantization!r}; an object was expected.")
     is_legacy = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
     method = "bitsandbytes" if is_legacy else quantization.get("quant_method")
-    if not isinstance(method, str) or method not in TRANSLATIONS:
+    if not isinstance(method, str) or method not in QUANTIZATION_METHODS:
         raise ConversionError(
             f"config.json: quantization_config has quant_method={method!r}; checkpoints quantised by "
-            f"{', '.join(sorted(TRANSLATIONS))} can be converted. Convert the unquantised checkpoint and quantise the "
+            f"{', '.join(QUANTIZATION_METHODS)} can be converted. Convert the unquantised checkpoint and quantise the "
             "result."
         )
     return method
@@ -205,116 +195,8 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         ) from error
 
 
-def translate(config: PreTrainedConfig) -> dict[str, Any]:
-    """The `quantization_config` of a decoder, as the converted model needs it.
-
-    Args:
-        config (`PreTrainedConfig`): the decoder's configuration, with a `quantization_config`.
-
-    Returns:
-        `dict`: the same, with every name that refers to a module referring to it below `backbone.`.
-
-    Raises:
-        ConversionError: a field that holds names holds something else.
-    """
-    model = meta_model(config)
-    quantization = copy.deepcopy(config.quantization_config)
-    for field, translation in TRANSLATIONS[quantization_method(config) or ""].items():
-        try:
-            value = translation(quantization.get(field), model)
-        except (TypeError, ValueError, KeyError, AttributeError, re.error) as error:
-            raise ConversionError(
-                f"config.json: quantization_config.{field}={quantization.get(field)!r} does not name modules as "
-                f"expected: {error}"
-            ) from error
-        if value is not None:
-            quantization[field] = value
-    return quantization
-
-
-def _skipped(patterns: Any, model: PreTrainedModel) -> list[str] | None:
-    """Patterns are prefixes, regular expressions or suffixes of names; what they match here is named in full."""
-    if patterns is None:
-        return None
-    patterns = _strings(patterns)
-    return [
-        BACKBONE + name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) or name.endswith(".experts")
-        if not should_convert_module(name, patterns)
-    ]
-
-
-def _skipped_on_disk(patterns: Any, model: PreTrainedModel) -> list[str] | None:
-    """The same for patterns that are written for the names on disk."""
-    if patterns is None:
-        return None
-    renamed = []
-    for pattern in _strings(patterns):
-        pattern += "."
-        for transform in get_model_conversion_mapping(model):
-            pattern, _ = transform.rename_source_key(pattern)
-        renamed.append(pattern.removesuffix("."))
-    return _skipped(renamed, model)
-
-
-def _matched(targets: Any, model: PreTrainedModel) -> list[str] | None:
-    """Targets are full names, `re:` and an expression matched from the start of names, or names of classes."""
-    if targets is None:
-        return None
-    names = {name for name, _ in model.named_modules()}
-    translated = []
-    for target in _strings(targets):
-        if target.startswith("re:"):
-            expression = re.sub(r"(^|[|(])\^", r"\1", target.removeprefix("re:"))
-            re.compile(expression)
-            anywhere = expression.startswith(".*") and "|" not in expression
-            target = f"re:{expression}" if anywhere else f"re:{re.escape(BACKBONE)}(?:{expression})"
-        elif target in names or "." in target:
-            target = BACKBONE + target
-        translated.append(target)
-    return translated
-
-
-def _groups(groups: Any, model: PreTrainedModel) -> dict[str, Any] | None:
-    if groups is None:
-        return None
-    # A group is a scheme with its targets, or the targets of a preset scheme.
-    return {
-        name: {**group, "targets": _matched(group["targets"], model)}
-        if isinstance(group, dict)
-        else _matched(group, model)
-        for name, group in groups.items()
-    }
-
-
-def _block_name(name: Any, model: PreTrainedModel) -> str:
-    if name is None:  # guessed from the start of names, where the backbone's are not found
-        layers = decoder_layers(model)
-        name = next(name for name, module in model.named_modules() if module is layers)
-    return BACKBONE + _strings([name])[0]
-
-
-def _strings(value: Any) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise TypeError("a list of strings was expected")
-    return value
-
-
-# For each method the fields that name modules, and how.
-FP8: dict[str, Callable[[Any, PreTrainedModel], Any]] = {
-    "modules_to_not_convert": _skipped_on_disk,
-    "ignored_layers": _skipped_on_disk,
-}
-TRANSLATIONS: dict[str, dict[str, Callable[[Any, PreTrainedModel], Any]]] = {
-    "awq": {"modules_to_not_convert": _skipped},
-    "bitsandbytes": {"llm_int8_skip_modules": _skipped},
-    "compressed-tensors": {"config_groups": _groups, "ignore": _matched},
-    "fp8": FP8,
-    "gptq": {"block_name_to_quantize": _block_name},
-    "mxfp4": {"modules_to_not_convert": _skipped},
-    "mxfp8": FP8,
-}
+# Methods whose names refer to modules and tensors of the decoder, which keep them.
+QUANTIZATION_METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "mxfp4", "mxfp8")
 
 # Methods whose weights Transformers dequantises, on every machine alike: what is compared then has no kernel in it.
 DEQUANTIZED = ("bitsandbytes", "fp8", "mxfp4", "mxfp8")
@@ -363,17 +245,17 @@ def dequantized(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     return model.to(dtype)
 
 
-def depth_dtype(config: PreTrainedConfig, num_elements: Mapping[str, int]) -> torch.dtype:
-    """The dtype of the depth parameters, which are never quantised: the configuration's, else the most frequent one.
+def stored_dtype(config: PreTrainedConfig, num_elements: Mapping[str, int]) -> torch.dtype:
+    """The dtype that a model of these weights is in: the configuration's, else the most frequent one.
 
     Args:
         config (`PreTrainedConfig`): the decoder's configuration.
         num_elements (mapping of `str` to `int`): how many elements are stored in each dtype, as safetensors calls it.
     """
-    if isinstance(config.dtype, torch.dtype) and config.dtype in DEPTH_DTYPES.values():
+    if isinstance(config.dtype, torch.dtype) and config.dtype in MODEL_DTYPES.values():
         return config.dtype
-    candidates = [name for name in DEPTH_DTYPES if num_elements.get(name)]
-    return DEPTH_DTYPES[max(candidates, key=num_elements.__getitem__)] if candidates else torch.float32
+    candidates = [name for name in MODEL_DTYPES if num_elements.get(name)]
+    return MODEL_DTYPES[max(candidates, key=num_elements.__getitem__)] if candidates else torch.float32
 
 
 def modules_of(model: PreTrainedModel, names: Iterable[str]) -> set[str]:

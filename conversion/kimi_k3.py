@@ -33,16 +33,18 @@ from transformers.activations import ACT2FN
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..configuration_attnres import AttnResConfig, AttnResError
-from ..depth_attention import DepthAttention, DepthSettings
+from ..depth_attention import DepthAttention, depth_settings
+from ..depth_state import DepthSettings, upcast
 from ..modeling_attnres import AttnResForCausalLM
 from .converter import deliver, staging, write_config_and_code
 from .errors import ConversionError
-from .loading import load, meta_tensors
-from .source import DEPTH_PREFIX, DEPTH_SHARD, TensorInfo, find_companions, read_headers, read_index, read_json
+from .loading import DepthNames, load, meta_tensors
+from .source import DEPTH_SHARD, TensorInfo, find_companions, read_headers, read_index, read_json
 
 MODEL_TYPE = "kimi_k3"
 BACKBONE_TYPE = "kimi_linear"
 PREFIX = "language_model."
+DEPTH_NAMES = DepthNames(key_norm="model.depth_attention.key_norm", query="model.depth_attention.query")
 DEPTH_SUFFIXES = ("_res_proj.weight", "_res_norm.weight")
 FLOATS = ("BF16", "F16", "F32", "F64")
 CHUNK_BYTES = 16 * 2**20
@@ -77,6 +79,8 @@ DENSE_AS_SPARSE = re.compile(rf"(model\.layers\.\d+)\.block_sparse_moe\.({DENSE}
 # The fields of `text_config` that an export added to those of the backbone are listed under this name beside it, so
 # that an import gives the configuration back as it was.
 ADDED_FIELDS = "attnres_added_fields"
+# What a configuration says of the whole model stands beside `text_config`, the rest in it.
+BESIDE_TEXT = ("architectures", "dtype", "transformers_version")
 
 
 class Checkpoint(NamedTuple):
@@ -105,9 +109,9 @@ def read_depth_attention(source: str | os.PathLike) -> tuple[DepthSettings, Dept
     """
     checkpoint = _open(source, MODEL_TYPE)
     config = _depth_config(checkpoint)
-    depth_attention = DepthAttention(config)
+    depth_attention = DepthAttention(config.num_reads, config.hidden_size)
     depth_attention.load_state_dict(_read_depth_tensors(checkpoint, config), assign=True)
-    return DepthSettings.of(config), depth_attention
+    return depth_settings(config.depth_attention, config.num_sublayers), depth_attention
 
 
 def depth_tensors(depth_attention: DepthAttention) -> dict[str, torch.Tensor]:
@@ -146,7 +150,7 @@ def export_checkpoint(source: str | os.PathLike, destination: str | os.PathLike)
     _check_tensors(checkpoint.directory, config, checkpoint.directory)
     old_names: dict[str, str] = {}
     for name in checkpoint.tensors:
-        if name.startswith(DEPTH_PREFIX):
+        if name in DEPTH_NAMES:
             continue
         new_name = PREFIX + DENSE_AS_SPARSE.sub(r"\1.mlp.\2", name)
         if not BACKBONE_TENSOR.fullmatch(new_name, len(PREFIX)) or new_name in old_names:
@@ -155,8 +159,8 @@ def export_checkpoint(source: str | os.PathLike, destination: str | os.PathLike)
                 "save the model with save_pretrained, which splits experts and convolutions as K3 does."
             )
         old_names[new_name] = name
-    depth_attention = DepthAttention(config)
-    parameters = {name: _read_tensor(checkpoint, DEPTH_PREFIX + name) for name in depth_attention.state_dict()}
+    depth_attention = DepthAttention(config.num_reads, config.hidden_size)
+    parameters = {entry: _read_tensor(checkpoint, name) for entry, name in DEPTH_NAMES._asdict().items()}
     depth_attention.load_state_dict(parameters, assign=True)
 
     with staging(target) as stage:
@@ -187,7 +191,7 @@ def import_checkpoint(source: str | os.PathLike, destination: str | os.PathLike)
     config = _attnres_config(checkpoint, depth_config)
     old_names = {}
     for name in checkpoint.tensors:
-        if not name.startswith(PREFIX) or name.startswith(PREFIX + DEPTH_PREFIX):
+        if not name.startswith(PREFIX) or name.removeprefix(PREFIX) in DEPTH_NAMES:
             raise ConversionError(
                 f"{checkpoint.directory / checkpoint.tensors[name]}: tensor {name!r} is no part of a Kimi Linear "
                 "decoder; only those can be imported."
@@ -196,7 +200,12 @@ def import_checkpoint(source: str | os.PathLike, destination: str | os.PathLike)
             old_names[name.removeprefix(PREFIX)] = name
 
     with staging(target) as stage:
-        _write_tensors(checkpoint, old_names, {DEPTH_PREFIX + name: tensor for name, tensor in depth.items()}, stage)
+        _write_tensors(
+            checkpoint,
+            old_names,
+            {getattr(DEPTH_NAMES, entry): upcast(tensor) for entry, tensor in depth.items()},
+            stage,
+        )
         write_config_and_code(config, stage)
         _copy_companions(checkpoint, stage)
         _check_tensors(stage, config, checkpoint.directory)
@@ -302,26 +311,26 @@ def _read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 def _k3_settings(checkpoint: Checkpoint, config: AttnResConfig) -> dict[str, Any]:
     """config.json in K3's layout; whatever K3 has no field for stays beside `text_config`."""
-    backbone = config.backbone_config
-    file = checkpoint.directory / "config.json"
-    if backbone.model_type != BACKBONE_TYPE:
-        raise ConversionError(f"{file}: the backbone is {backbone.model_type!r}; Kimi K3's is {BACKBONE_TYPE!r}.")
-    if config.mix != "mean":
-        raise ConversionError(f"{file}: mix={config.mix!r}; Kimi K3 reads the mean, so it has to be 'mean'.")
-    if config.block_size % 2:
+    file, depth = checkpoint.directory / "config.json", config.depth_attention
+    if config.model_type != BACKBONE_TYPE:
+        raise ConversionError(f"{file}: the backbone is {config.model_type!r}; Kimi K3's is {BACKBONE_TYPE!r}.")
+    if depth["mix"] != "mean":
+        raise ConversionError(f"{file}: mix={depth['mix']!r}; Kimi K3 reads the mean, so it has to be 'mean'.")
+    if depth["block_size"] % 2:
         raise ConversionError(
-            f"{file}: block_size={config.block_size}; Kimi K3's blocks are whole decoder layers, so it has to be even."
+            f"{file}: block_size={depth['block_size']}; Kimi K3's blocks are whole decoder layers, so it has to be even."
         )
-    if config.key_norm_eps != backbone.rms_norm_eps:
+    if depth["key_norm_eps"] != config.rms_norm_eps:
         raise ConversionError(
-            f"{file}: key_norm_eps={config.key_norm_eps}, and the decoder's rms_norm_eps={backbone.rms_norm_eps}; Kimi "
+            f"{file}: key_norm_eps={depth['key_norm_eps']}, and the decoder's rms_norm_eps={config.rms_norm_eps}; Kimi "
             "K3 has one epsilon for both. Train with equal ones."
         )
-    settings = config.to_diff_dict()
-    text = settings.pop("backbone_config")
-    fields = {"attn_res_block_size": config.block_size // 2, **_k3_fields(checkpoint, text, backbone)}
-    for name in ("block_size", "mix", "key_norm_eps", "auto_map"):
-        del settings[name]
+    text = config.to_diff_dict()
+    settings = {name: text.pop(name) for name in BESIDE_TEXT if name in text}
+    for name in ("auto_map", "backbone_model_type", "depth_attention"):
+        del text[name]
+    text["model_type"] = BACKBONE_TYPE
+    fields = {"attn_res_block_size": depth["block_size"] // 2, **_k3_fields(checkpoint, text, config)}
     settings |= {
         "architectures": ["KimiK3ForConditionalGeneration"],
         "model_type": MODEL_TYPE,
@@ -368,17 +377,17 @@ def _attnres_config(checkpoint: Checkpoint, depth_config: AttnResConfig) -> Attn
     settings = copy.deepcopy(checkpoint.settings)
     text, added = settings.pop("text_config"), settings.pop(ADDED_FIELDS, None)
     del text["attn_res_block_size"]
-    settings |= {
+    settings = {
+        **{name: value for name, value in text.items() if not isinstance(added, list) or name not in added},
+        **settings,
         "architectures": ["AttnResForCausalLM"],
         "model_type": AttnResConfig.model_type,
-        "backbone_config": {k: v for k, v in text.items() if not isinstance(added, list) or k not in added},
-        "block_size": depth_config.block_size,
-        "mix": depth_config.mix,
-        "key_norm_eps": depth_config.key_norm_eps,
+        "backbone_model_type": text.get("model_type"),
+        "depth_attention": depth_config.depth_attention,
         "dtype": settings.get("dtype", text.get("dtype")),
     }
     config = _make_config(checkpoint, settings)
-    _k3_fields(checkpoint, text, config.backbone_config)
+    _k3_fields(checkpoint, text, config)
     return config
 
 

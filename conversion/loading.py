@@ -6,18 +6,21 @@ import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from ..modeling_attnres import AttnResForCausalLM, decoder_layers
+from ..configuration_attnres import AttnResConfig
+from ..modeling_attnres import AttnResForCausalLM
+from ..rewiring import decoder_layers
 from . import formats
 from .errors import ConversionError
-from .source import DEPTH_PREFIX, DTYPES, Source, read_header, read_index
+from .source import DEPTH_MODULE, DTYPES, Source, read_header, read_index
 
 
 def load(
@@ -71,7 +74,9 @@ def load(
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(info["missing_keys"])
-    mismatched = sorted(str(key) for key, *_ in info["mismatched_keys"] if is_exact or DEPTH_PREFIX not in key)
+    mismatched = sorted(
+        str(key) for key, *_ in info["mismatched_keys"] if is_exact or DEPTH_MODULE not in str(key).split(".")
+    )
     if is_exact and (unexpected := sorted(info["unexpected_keys"])):
         raise ConversionError(
             f"{name} has {len(unexpected)} tensors its config does not ask for, first {unexpected[0]!r}."
@@ -92,6 +97,22 @@ def load(
     if is_dequantized:
         return formats.dequantized(model, dtype).eval()
     return nn.Module.to(model, dtype).eval() if stored_dtype else model.eval()
+
+
+class DepthNames(NamedTuple):
+    """The names that the depth parameters have on disk."""
+
+    key_norm: str
+    query: str
+
+
+def depth_names(config: AttnResConfig) -> DepthNames:
+    """The names of the depth parameters of a causal language model on disk: those in its state dict, renamed as the
+    library renames the tensors of its architecture when it saves them."""
+    with torch.device("meta"):
+        model = AttnResForCausalLM(formats.unquantized(config))
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if DEPTH_MODULE in name.split(".")}
+    return DepthNames(*sorted(revert_weight_conversion(model, tensors)))
 
 
 def meta_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -124,12 +145,14 @@ def load_layer_by_layer(
 
     def run_layer(index: int, *args: Any, **kwargs: Any) -> Any:
         model = load_part(index)
-        output = layers_of(model)[index].forward(*args, **kwargs)
+        output = decoder_layers(model)[index].forward(*args, **kwargs)
         nn.Module.to(model, "meta")  # frees the weights now, whatever still refers to the model
         return output
 
+    if issubclass(model_class, AttnResForCausalLM):
+        model_class = model_class.of_backbone(config)
     model = load_part(None)
-    for index, layer in enumerate(layers_of(model)):
+    for index, layer in enumerate(decoder_layers(model)):
         layer.forward = partial(run_layer, index)
     return model
 
@@ -144,7 +167,7 @@ def _with_only(model_class: Any, index: int | None) -> Any:
     class Part(model_class):
         def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            layers = layers_of(self)
+            layers = decoder_layers(self)
             if index is None:
                 for layer in layers:
                     _empty(layer)
@@ -165,10 +188,6 @@ def _empty(module: nn.Module, keep: str | None = None) -> None:
     for name, _ in list(module.named_children()):
         if name != keep:
             setattr(module, name, nn.Identity())
-
-
-def layers_of(model: Any) -> Any:
-    return decoder_layers(model.backbone if isinstance(model, AttnResForCausalLM) else model)
 
 
 def layer_number(tensor: str) -> int | None:

@@ -52,7 +52,7 @@ COMPANIONS = (
     "USE_POLICY*",
     "vocab.*",
 )
-DEPTH_PREFIX = "depth_attention."
+DEPTH_MODULE = "depth_attention"  # the module of the depth parameters, as a part of their names
 DEPTH_SHARD = "model-attnres.safetensors"
 
 # What a file may claim: bytes of an index, a header or a companion (indices of the largest models have some 20 MB),
@@ -149,7 +149,7 @@ def open_source(source: str | os.PathLike, revision: str | None = None, allow_pi
     shards, tensors = read_index(directory, allow_pickle)
     pickles = tuple(shard for shard in shards if shard.endswith(".bin"))
     infos = {} if pickles else read_headers(directory, shards, tensors)
-    if taken := [name for name in infos if name.startswith(DEPTH_PREFIX) or tensors[name] == DEPTH_SHARD]:
+    if taken := [name for name in infos if DEPTH_MODULE in name.split(".") or tensors[name] == DEPTH_SHARD]:
         raise ConversionError(f"{directory / tensors[taken[0]]} holds {_repr(taken[0])}, a name that AttnRes needs.")
     if not pickles:
         check_sizes(directory, config, infos)
@@ -226,7 +226,7 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # whatever a configuration's constructor makes of a value that it did not expect
         raise ConversionError(f"{config_file} makes no {model_type} configuration: {error}") from error
-    if config.dtype is not None and config.dtype not in formats.DEPTH_DTYPES.values():  # float8 makes no model
+    if config.dtype is not None and config.dtype not in formats.MODEL_DTYPES.values():  # float8 makes no model
         raise ConversionError(
             f"{config_file}: dtype={config.dtype!r}; a floating-point dtype of 16 bits or more is needed."
         )

@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_attnres import AttnResConfig, AttnResError
 from ..modeling_attnres import AttnResForCausalLM
+from ..rewiring import decoder_layers
 from . import formats
-from .errors import ConversionError
-from .loading import available_memory, layers_of, load, load_layer_by_layer, meta_tensors, needed_memory
-from .source import DEPTH_PREFIX, DEPTH_SHARD, Source
+from .errors import ConversionError, VerificationError
+from .loading import available_memory, depth_names, load, load_layer_by_layer, meta_tensors, needed_memory
+from .source import DEPTH_SHARD, Source
+from .tokenizer import TEXTS, load_tokenizer
 
 VERIFICATION_MODES = ("full", "sample", "none")
 
@@ -25,20 +28,7 @@ VERIFICATION_MODES = ("full", "sample", "none")
 TOLERANCE = {"sum": 1e-4, "mean": 1e-2}
 MAX_TOKENS = 64
 
-TEXTS = (
-    "The residual connection adds the output of every layer to one running sum, so that each layer sees all that came "
-    "before it with the same weight. Attention over depth lets a layer choose instead.",
-    "def quicksort(items):\n    if len(items) < 2:\n        return items\n    pivot, *rest = items\n"
-    "    left = [x for x in rest if x < pivot]\n    right = [x for x in rest if x >= pivot]\n"
-    "    return quicksort(left) + [pivot] + quicksort(right)\n",
-    "In 1869 Mendeleev ordered sixty-three elements by weight and left gaps: gallium (1875), scandium (1879) and "
-    "germanium (1886) filled three of them. 3 + 4 * 12 = 51, and 2^10 = 1024.",
-    "Le train part à huit heures. Der Zug kommt um neun an. 火车十点到站，请准时上车。Поезд опаздывает. ¿A qué hora?",
-)
-
-
-class VerificationError(AttnResError):
-    """The converted checkpoint computes something else than its source; it was not delivered."""
+Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ def compare(source: Source, converted: Path, config: AttnResConfig, mode: str) -
     """
     _check_depth_tensors(converted, config)
     measured = _compare_in(torch.float32, source, converted, config, mode)
-    tolerance = TOLERANCE[config.mix]
+    tolerance = TOLERANCE[config.depth_attention["mix"]]
     if not measured.is_within(tolerance) and _fits(source, torch.float64, mode):
         measured = _compare_in(torch.float64, source, converted, config, mode)
     if not measured.is_within(tolerance):
@@ -142,9 +132,8 @@ def _compare_in(dtype: torch.dtype, source: Source, converted: Path, config: Att
     expected = _logits(original, sequences)
     del original
 
-    truncated = copy.deepcopy(config)
-    truncated.backbone_config = truncate(config.backbone_config, num_layers)
-    truncated.block_size = min(config.block_size, truncated.num_sublayers)
+    truncated = truncate(config, num_layers)
+    truncated.depth_attention["block_size"] = min(config.depth_attention["block_size"], truncated.num_sublayers)
     result = load_model(AttnResForCausalLM, truncated, name, converted, dtype)
     actual = _logits(result, sequences)
     pairs = list(zip(expected, actual))
@@ -173,7 +162,7 @@ def _logits(model: PreTrainedModel, sequences: list[torch.Tensor]) -> list[torch
     return [row[: len(ids)] for row, ids in zip(logits, sequences)]
 
 
-def truncate(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
+def truncate(config: Config, num_layers: int) -> Config:
     """The same decoder with its first `num_layers` layers only."""
     config = copy.deepcopy(config)
     if num_layers == config.num_hidden_layers:
@@ -189,9 +178,14 @@ def _sample_layers(config: AttnResConfig) -> int:
     """Two whole blocks and the start of a third, and at least one layer of each kind."""
     sublayers_per_layer = config.num_sublayers // config.num_hidden_layers
     with torch.device("meta"):
-        layers = layers_of(AttnResForCausalLM(copy.deepcopy(config)))
+        layers = decoder_layers(AttnResForCausalLM(copy.deepcopy(config)))
     kinds = [tuple(type(child) for child in layer.children()) for layer in layers]
-    return max([-(-(2 * config.block_size + 1) // sublayers_per_layer), *(kinds.index(kind) + 1 for kind in kinds)])
+    return max(
+        [
+            -(-(2 * config.depth_attention["block_size"] + 1) // sublayers_per_layer),
+            *(kinds.index(kind) + 1 for kind in kinds),
+        ]
+    )
 
 
 def _fits(source: Source, dtype: torch.dtype, mode: str) -> bool:
@@ -201,11 +195,8 @@ def _fits(source: Source, dtype: torch.dtype, mode: str) -> bool:
 def _token_sequences(source: Source) -> tuple[str, list[torch.Tensor]]:
     """Where the tokens are from, and the sequences, each `[tokens]`: real text if there is a tokenizer for it."""
     vocab_size = source.config.vocab_size
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False)
-        ids = [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in TEXTS]
-    except Exception:  # whatever it is that a tokenizer may lack: the models can be compared on any tokens
-        ids = []
+    tokenizer = load_tokenizer(source.directory)
+    ids = [] if tokenizer is None else [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in TEXTS]
     if ids and all(ids):
         if (largest := max(map(max, ids))) >= vocab_size:
             raise ConversionError(
@@ -218,7 +209,7 @@ def _token_sequences(source: Source) -> tuple[str, list[torch.Tensor]]:
 
 def _check_depth_tensors(converted: Path, config: AttnResConfig) -> None:
     with safe_open(converted / DEPTH_SHARD, framework="pt") as file:
-        query, key_norm = (file.get_tensor(DEPTH_PREFIX + name) for name in ("query", "key_norm"))
+        key_norm, query = (file.get_tensor(name) for name in depth_names(config))
     shape = (config.num_reads, config.hidden_size)
     if query.shape != shape or key_norm.shape != shape or query.any() or not (key_norm == 1).all():
         raise VerificationError(f"{converted}: the depth tensors are not zeros and ones of shape {shape}.")

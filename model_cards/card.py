@@ -37,6 +37,7 @@ TO_FILL_IN = re.compile(r"\[To fill in: ([^\]]*)\]")
 # A card of somebody else is read no further than this; the largest on the Hub list thousands of evaluation results.
 MAX_CARD_BYTES = 2**20
 INHERITED = ("license", "license_name", "license_link", "language", "base_model")
+QUERY = "depth_attention.query"  # how the name of the pseudo-queries ends on disk
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 LOCAL_PATH = re.compile(r"(?<![\w:/.~])(?:[.~]{0,2}(?:/[\w.@+-]+){2,}|[A-Za-z]:(?:\\{1,2}[\w.@+-]+)+)")
@@ -363,32 +364,36 @@ def _conversion(path: Path, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _configuration(depth: AttnResConfig, config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    kind = "Full AttnRes" if depth.block_size == 1 else "Block AttnRes"
+    settings = depth.depth_attention
+    kind = "Full AttnRes" if settings["block_size"] == 1 else "Block AttnRes"
     mixes = {"sum": "sum: a read is the weighted mean times the number of sources", "mean": "mean, as in the paper"}
     return [
-        ("Kind", f"{kind}: {depth.num_blocks} blocks of {depth.block_size} sublayers, {depth.num_sublayers} in all"),
+        ("Kind", f"{kind}: {depth.num_blocks} blocks of {settings['block_size']} sublayers, {depth.num_sublayers} in all"),
         ("Reads", f"{depth.num_reads}, each with a pseudo-query and a key norm of {depth.hidden_size}"),
-        ("Mix", mixes[depth.mix]),
-        ("Epsilon of the key norm", f"{depth.key_norm_eps:g}"),
-        ("Backbone", f"{_text(depth.backbone_config.model_type)}, {depth.num_hidden_layers} decoder layers"),
+        ("Mix", mixes[settings["mix"]]),
+        ("Epsilon of the key norm", f"{settings['key_norm_eps']:g}"),
+        ("Backbone", f"{_text(depth.model_type)}, {depth.num_hidden_layers} decoder layers"),
         ("Weights", _text(config.get("dtype") or "dtype not recorded")),
     ]
 
 
 def _count_trained_reads(directory: Path) -> int:
     """How many pseudo-queries are not zero, as every conversion leaves them."""
-    name = "depth_attention.query"
     shard = directory / SAFE_WEIGHTS_NAME
     if not shard.is_file():
         weight_map = _read_json(directory / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not isinstance(weight_map.get(name), str):
-            raise CardError(f"{directory / SAFE_WEIGHTS_INDEX_NAME} does not say where {name!r} is.")
-        shard = directory / Path(weight_map[name]).name
+        queries = [name for name in weight_map if name.endswith(QUERY)] if isinstance(weight_map, dict) else []
+        if len(queries) != 1 or not isinstance(weight_map[queries[0]], str):
+            raise CardError(f"{directory / SAFE_WEIGHTS_INDEX_NAME} does not say where {QUERY!r} is.")
+        shard = directory / Path(weight_map[queries[0]]).name
     try:
         with safe_open(shard, framework="pt") as file:
-            return int(file.get_tensor(name).ne(0).any(-1).sum())
+            queries = [name for name in file.keys() if name.endswith(QUERY)]  # noqa: SIM118
+            if len(queries) != 1:
+                raise CardError(f"{shard} holds no {QUERY!r}.")
+            return int(file.get_tensor(queries[0]).ne(0).any(-1).sum())
     except (SafetensorError, OSError) as error:
-        raise CardError(f"{shard} is not a whole safetensors file with {name!r}: {error}") from error
+        raise CardError(f"{shard} is not a whole safetensors file with {QUERY!r}: {error}") from error
 
 
 def _training(path: Path) -> list[tuple[str, str]]:
