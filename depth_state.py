@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from . import depth_attention as old
+from .depth_attention import DepthSettings, Norm, upcast  # noqa: F401
 
 
 class DepthCache:
