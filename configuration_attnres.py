@@ -309,6 +309,7 @@ def config_class_of(backbone_config_class: type[PreTrainedConfig]) -> type[AttnR
     the Auto classes compare configurations with models, and which saving writes into `auto_map`."""
     namespace: dict[str, Any] = {
         "__module__": __name__,
+        "__qualname__": f"{AttnResConfig.__name__}[{backbone_config_class.__name__}]",
         "__doc__": AttnResConfig.__doc__,
         "__init__": AttnResConfig.__init__,
         "model_type": backbone_config_class.model_type,

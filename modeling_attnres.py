@@ -42,6 +42,7 @@ from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_attnres import (
     IS_INSTALLED,
@@ -296,7 +297,7 @@ def model_class_of(
     kind: type[AttnResPreTrainedModel], backbone_class: type[PreTrainedModel], config_class: type[AttnResConfig]
 ) -> Any:
     """The class of AttnRes models of one kind over one class of backbones. It keeps the name of its kind, which saving
-    writes into `architectures` and `auto_map`."""
+    writes into `architectures` and `auto_map`; its qualified name tells it from others."""
 
     def ask_backbone(name: str) -> classmethod:
         # These look at the name of the class, or at the source of its module.
@@ -304,6 +305,7 @@ def model_class_of(
 
     namespace: dict[str, Any] = {
         "__module__": kind.__module__,
+        "__qualname__": f"{kind.__name__}[{backbone_class.__name__}]",
         "__doc__": kind.__doc__,
         "backbone_class": backbone_class,
         "config_class": config_class,
@@ -317,7 +319,11 @@ def model_class_of(
     if method is not None and hasattr(backbone_class, method):
         namespace[method] = _keep_all_positions
     _share_conversions(backbone_class.__name__, config_class.model_type)
-    return type(kind.__name__, (kind, backbone_class), namespace)
+    model_class: Any = type(kind.__name__, (kind, backbone_class), namespace)
+    # The library enters a class here, by its qualified name, when it constructs the first model of it. A base model that
+    # becomes an AttnRes model is never constructed as one.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(model_class), model_class._can_record_outputs)
+    return model_class
 
 
 def _share_conversions(class_name: str, model_type: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tiny import COMMON, VOCAB_SIZE, random_tokens, tiny_config, tiny_model
 from transformers import AutoConfig, Qwen3Config
 
@@ -43,28 +44,49 @@ def test_blocks(num_hidden_layers: int, request_: dict[str, int], block_size: in
 def test_backbone_config_may_be_object_dict_or_path(tmp_path: Path) -> None:
     backbone = tiny_config("qwen3")
     backbone.save_pretrained(tmp_path)
-    configs = [AttnResConfig(backbone_config=given) for given in (backbone, backbone.to_dict(), str(tmp_path))]
-    assert configs[0].backbone_config.to_dict() == backbone.to_dict()
-    for config in configs:
-        assert isinstance(config.backbone_config, Qwen3Config)
-        assert config.backbone_config.hidden_size == 32
+    for given in (backbone, backbone.to_dict(), str(tmp_path)):
+        config = AttnResConfig(backbone_config=given)
+        assert isinstance(config, Qwen3Config)
+        assert isinstance(config, AttnResConfig)
+        assert config.hidden_size == 32
+    config = AttnResConfig(backbone_config=backbone)
+    fields = {name: value for name, value in config.to_dict().items() if name not in ("auto_map", "depth_attention")}
+    assert fields == backbone.to_dict()
 
 
-def test_generic_attributes_answer_from_the_backbone() -> None:
+def test_it_answers_as_the_backbone() -> None:
     backbone = tiny_config("gemma2")
     config = AttnResConfig(backbone_config=backbone)
     for name in ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "num_attention_heads"):
         assert getattr(config, name) == getattr(backbone, name)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "layer_types", "max_position_embeddings"):
         assert getattr(config, name) == getattr(backbone, name)
-    assert config.get_text_config() is config.backbone_config
-    assert config.get_text_config(decoder=True) is config.backbone_config
+    assert config.model_type == type(config).model_type == config.to_dict()["model_type"] == "gemma2"
+    assert config.get_text_config() is config
+    assert config.get_text_config(decoder=True) is config
     config.vocab_size = 200
-    config.use_cache = False
-    assert (config.backbone_config.vocab_size, config.backbone_config.use_cache) == (200, False)
-    assert "vocab_size" not in config.__dict__
+    assert config.vocab_size == 200
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = config.no_such_thing
+    with pytest.raises(StrictDataclassError, match="vocab_size"):
+        config.vocab_size = "many"
+
+
+def test_implementations_of_a_configuration_in_use_are_kept() -> None:
+    backbone = tiny_config("qwen3_moe")
+    backbone._attn_implementation, backbone._experts_implementation = "eager", "batched_mm"
+    config = AttnResConfig(backbone_config=backbone)
+    assert (config._attn_implementation, config._experts_implementation) == ("eager", "batched_mm")
+
+
+def test_a_field_of_the_backbone_goes_before_an_entry_of_the_same_name() -> None:
+    """MiniMax has a `block_size` of its linear attention."""
+    backbone = tiny_config("minimax")
+    config = AttnResConfig(backbone_config=backbone, block_size=2)
+    assert (config.block_size, config.depth_attention["block_size"]) == (backbone.block_size, 2)
+    loaded = AttnResConfig.from_dict(config.to_diff_dict())
+    assert (loaded.block_size, loaded.depth_attention["block_size"]) == (backbone.block_size, 2)
+    assert AttnResConfig.from_dict(config.to_diff_dict(), num_blocks=1).depth_attention["block_size"] == 4
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "deepseek_v3", "kimi_linear"])
@@ -78,14 +100,39 @@ def test_round_trip(family: str, tmp_path: Path) -> None:
         copy.deepcopy(config),
         pickle.loads(pickle.dumps(config)),
     ):
-        assert type(loaded) is AttnResConfig
+        assert type(loaded) is type(config)
         assert loaded.to_diff_dict() == config.to_diff_dict()
-        assert type(loaded.backbone_config) is type(config.backbone_config)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["model_type"] == "attnres"
-    assert saved["block_size"] == 3
-    assert saved["backbone_config"]["model_type"] == family
-    assert "num_blocks" not in saved
+    assert (saved["model_type"], saved["backbone_model_type"]) == ("attnres", family)
+    assert saved["hidden_size"] == 32
+    assert saved["depth_attention"] == {
+        "block_size": 3,
+        "mix": "sum",
+        "key_norm_eps": 1e-5,
+        "implementation": "two_phase",
+    }
+    assert not {"backbone_config", "num_blocks", "mix"} & set(saved)
+    for use_diff in (True, False):
+        assert json.loads(config.to_json_string(use_diff))["model_type"] == "attnres"
+
+
+def test_all_that_it_is_made_of_makes_it_again() -> None:
+    config = AttnResConfig(backbone_config=tiny_config("llama"), num_blocks=3)
+    for made in (
+        AttnResConfig(**config.to_dict()),
+        type(config)(**config.to_dict()),
+        AttnResConfig(**config.to_diff_dict()),
+    ):
+        assert made.to_diff_dict() == config.to_diff_dict()
+    assert type(config)().hidden_size == type(tiny_config("llama"))().hidden_size
+
+
+def test_the_layout_of_older_versions_is_refused(tmp_path: Path) -> None:
+    old = {"model_type": "attnres", "backbone_config": QWEN3, "block_size": 3, "mix": "sum"}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    for load in (AttnResConfig.from_pretrained, AutoConfig.from_pretrained):
+        with pytest.raises(AttnResConfigError, match="nests the decoder's fields.*convert the source again"):
+            load(tmp_path)
 
 
 def test_arguments_of_from_pretrained(tmp_path: Path) -> None:
@@ -93,7 +140,7 @@ def test_arguments_of_from_pretrained(tmp_path: Path) -> None:
     assert AttnResConfig.from_pretrained(tmp_path, block_size=2).block_size == 2
     assert AttnResConfig.from_pretrained(tmp_path, num_blocks=1).block_size == 8
     assert AttnResConfig.from_pretrained(tmp_path, mix="sum").mix == "sum"
-    assert AttnResConfig.from_pretrained(tmp_path, use_cache=False).backbone_config.use_cache is False
+    assert AttnResConfig.from_pretrained(tmp_path, use_cache=False).use_cache is False
     with pytest.raises(AttnResConfigError, match="block_size=99"):
         AttnResConfig.from_pretrained(tmp_path, block_size=99)
 
@@ -104,17 +151,24 @@ def test_none_overrides_nothing(tmp_path: Path) -> None:
     assert (config.block_size, config.mix) == (3, "mean")
 
 
-def test_arguments_of_the_backbone_go_to_the_backbone() -> None:
-    config = AttnResConfig(backbone_config=QWEN3, use_cache=False, max_position_embeddings=77)
-    assert config.backbone_config.use_cache is False
-    assert config.backbone_config.max_position_embeddings == 77
-    assert not {"use_cache", "max_position_embeddings"} & set(config.__dict__)
+def test_arguments_of_the_backbone_are_taken() -> None:
+    backbone = tiny_config("qwen3")
+    config = AttnResConfig(
+        backbone_config=backbone,
+        use_cache=False,
+        max_position_embeddings=77,
+        dtype="bfloat16",
+        attn_implementation="eager",
+    )
+    assert (config.use_cache, config.max_position_embeddings) == (False, 77)
+    assert (config.dtype, config._attn_implementation) == (torch.bfloat16, "eager")
+    assert (backbone.use_cache, backbone.dtype) == (True, None)
 
 
 def test_another_decoders_configuration_becomes_the_backbone(tmp_path: Path) -> None:
     tiny_config("qwen3").save_pretrained(tmp_path)
     config = AttnResConfig.from_pretrained(tmp_path, num_blocks=2)
-    assert (config.backbone_config.model_type, config.block_size, config.mix) == ("qwen3", 4, "sum")
+    assert (config.model_type, config.block_size, config.mix) == ("qwen3", 4, "sum")
 
 
 def test_no_machine_path_is_saved(tmp_path: Path) -> None:
@@ -148,7 +202,7 @@ NONSENSE: list[tuple[str, dict[str, Any], str]] = [
     ("unknown model_type", {"backbone_config": {"model_type": "qwen99"}}, "'qwen99'"),
     ("model_type of a wrong type", {"backbone_config": {"model_type": 7}}, "model_type=7"),
     ("missing directory", {"backbone_config": "/no/such/directory"}, "'/no/such/directory'"),
-    ("AttnRes in AttnRes", {"backbone_config": {"model_type": "attnres", "backbone_config": QWEN3}}, "itself"),
+    ("AttnRes in AttnRes", {"backbone_config": AttnResConfig(backbone_config=QWEN3)}, "itself"),
     ("no layers", {"backbone_config": QWEN3 | {"num_hidden_layers": 0}}, "num_hidden_layers=0"),
     ("negative layers", {"backbone_config": QWEN3 | {"num_hidden_layers": -2}}, "num_hidden_layers"),
     ("bad backbone field", {"backbone_config": QWEN3 | {"hidden_size": "wide"}}, "hidden_size"),

@@ -15,9 +15,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+import attnres
 from attnres import AttnResConfig, AttnResError, AttnResForCausalLM, AttnResModel
-from attnres.configuration_attnres import UnsupportedBackboneError
-from attnres.depth_attention import DepthState
+from attnres.configuration_attnres import AUTO_MAP, UnsupportedBackboneError
+from attnres.depth_state import DepthState
 
 MOE_FAMILIES = ["mixtral", "qwen3_moe"]
 
@@ -97,7 +98,7 @@ def test_plain_checkpoint_can_be_retrofitted_while_loading(tmp_path: Path) -> No
     backbone = tiny_model("qwen3")
     backbone.save_pretrained(tmp_path)
     model, info = AttnResForCausalLM.from_pretrained(tmp_path, num_blocks=4, output_loading_info=True)
-    assert info["missing_keys"] == {"depth_attention.query", "depth_attention.key_norm"}
+    assert info["missing_keys"] == {"model.depth_attention.query", "model.depth_attention.key_norm"}
     assert (model.config.block_size, model.config.mix) == (2, "sum")
     input_ids = random_tokens()
     with torch.no_grad():
@@ -172,7 +173,7 @@ def test_experts_implementation(implementation: str, tmp_path: Path) -> None:
     expected = model(input_ids).logits
     model.save_pretrained(tmp_path)
     loaded = AttnResForCausalLM.from_pretrained(tmp_path, experts_implementation=implementation).eval()
-    assert loaded.backbone.config._experts_implementation == implementation
+    assert loaded.config._experts_implementation == implementation
     torch.testing.assert_close(loaded(input_ids).logits, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -181,7 +182,7 @@ def test_attention_implementations(implementation: str, tmp_path: Path) -> None:
     model = retrofit(tiny_model("qwen3", head_dim=16), random_queries=True)
     model.save_pretrained(tmp_path)
     loaded = AttnResForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation).eval()
-    assert loaded.backbone.config._attn_implementation == implementation
+    assert loaded.config._attn_implementation == implementation
     input_ids = random_tokens()
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits, atol=1e-5, rtol=1e-4)
@@ -227,7 +228,7 @@ def test_gradient_checkpointing_recomputes() -> None:
     model = retrofit(tiny_model("qwen3")).train()
     model.gradient_checkpointing_enable()
     calls = []
-    model.backbone.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     gradients(model, input_ids=random_tokens(), labels=random_tokens(), use_cache=False)
     assert len(calls) == 2
 
@@ -235,7 +236,7 @@ def test_gradient_checkpointing_recomputes() -> None:
 @pytest.mark.parametrize("implementation", ["eager", "two_phase"])
 @pytest.mark.parametrize("block_size", [1, 3, 8])
 def test_gradient_checkpointing_keeps_sources_and_partial_sums_alone(block_size: int, implementation: str) -> None:
-    """What travels from layer to layer is what checkpointing keeps: besides these, one number per token and source."""
+    """What travels from layer to layer is what checkpointing keeps."""
     backbone = tiny_model("qwen3", num_hidden_layers=4)
     kwargs = dict(block_size=block_size, depth_attention_implementation=implementation)
     model = retrofit(backbone, random_queries=True, **kwargs).double().train()
@@ -243,20 +244,20 @@ def test_gradient_checkpointing_keeps_sources_and_partial_sums_alone(block_size:
     expected = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     crossing: dict[int, DepthState] = {}
-    layers = model.backbone.model.layers[:-1]
+    layers = model.model.layers[:-1]
     for layer in layers:
         layer.register_forward_hook(
             lambda layer, _, values: crossing.update({layer.next_sublayer: DepthState.unflatten(values)})
         )
     actual = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
     assert len(crossing) == len(layers)
-    for num_written, (sources, partial_sum, addend, inverse_rms, phase_one) in crossing.items():
-        values = sources if partial_sum is None else (*sources, partial_sum)
-        assert len(values) == 1 + -(-num_written // block_size)
+    for depth, state in crossing.items():
+        values = state.to_wire()
+        assert state.depth == depth
+        assert len(values) == 1 + -(-depth // block_size)
         assert all(value.shape == (*input_ids.shape, model.config.hidden_size) for value in values)
-        assert addend is None
-        assert inverse_rms is None if implementation == "eager" else inverse_rms.shape[-1] <= len(sources)
-        assert not phase_one
+        assert state.addend is None
+        assert state.cache is None
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], atol=1e-12, rtol=1e-10, msg=name)
 
@@ -269,7 +270,7 @@ def test_layers_in_evaluation_mode_beside_layers_that_recompute(block_size: int)
     expected = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for index in (1, 2, 4):
-        model.backbone.model.layers[index].eval()
+        model.model.layers[index].eval()
     actual = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], atol=1e-12, rtol=1e-10, msg=name)
@@ -295,10 +296,10 @@ def test_depth_attentions_of_layers_that_are_recomputed(use_reentrant: bool) -> 
 @pytest.mark.parametrize("block_size", [1, 2, 3])
 def test_backward_hooks_of_decoder_layers_are_called(block_size: int) -> None:
     model, called = retrofit(tiny_model("qwen3"), random_queries=True, block_size=block_size), []
-    for index, layer in enumerate(model.backbone.model.layers):
+    for index, layer in enumerate(model.model.layers):
         layer.register_full_backward_hook(lambda *_, index=index: called.append(index))
     model(random_tokens(), labels=random_tokens(), use_cache=False).loss.backward()
-    assert called == list(reversed(range(len(model.backbone.model.layers))))
+    assert called == list(reversed(range(len(model.model.layers))))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -313,7 +314,7 @@ def test_fsdp_with_mixed_precision(implementation: str, tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         kwargs = dict(mesh=init_device_mesh("cpu", (1,)), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-        for layer in model.backbone.model.layers:
+        for layer in model.model.layers:
             fully_shard(layer, **kwargs)
         fully_shard(model, **kwargs)
         actual = model(**inputs, output_hidden_states=True)
@@ -321,7 +322,7 @@ def test_fsdp_with_mixed_precision(implementation: str, tmp_path: Path) -> None:
         assert all(parameter.grad is not None for parameter in model.parameters())
     finally:
         torch.distributed.destroy_process_group()
-    assert len(actual.hidden_states) == 1 + len(model.backbone.model.layers)
+    assert len(actual.hidden_states) == 1 + len(model.model.layers)
     torch.testing.assert_close(actual.loss, expected.loss, atol=0.05, rtol=0, check_dtype=False)
     for a, b in zip(actual.depth_attentions, expected.depth_attentions, strict=True):
         torch.testing.assert_close(a, b, atol=0.05, rtol=0)
@@ -355,8 +356,8 @@ def test_trainer_learns_and_resumes_with_queries_that_moved(tmp_path: Path) -> N
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.8 * losses[0]
-    assert model.depth_attention.query[1:].abs().amax(-1).min() > 0
-    assert not model.depth_attention.query[0].any(), "the first read sees one source: its query has no effect"
+    assert model.model.depth_attention.query[1:].abs().amax(-1).min() > 0
+    assert not model.model.depth_attention.query[0].any(), "the first read sees one source: its query has no effect"
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-12")
     assert isinstance(loaded, AttnResForCausalLM)
@@ -393,7 +394,7 @@ def test_save_load_save_gives_the_same_bytes_under_the_backbones_names(family: s
         set(safe_open(tmp_path / directory / "model.safetensors", framework="pt").keys())
         for directory in ("backbone", "first")
     ]
-    assert names[1] - names[0] == {"depth_attention.query", "depth_attention.key_norm"}
+    assert names[1] - names[0] == {"model.depth_attention.query", "model.depth_attention.key_norm"}
     assert names[0] <= names[1]
 
 
@@ -418,28 +419,32 @@ def test_saved_code_and_auto_map(tmp_path: Path) -> None:
     for saved in (model, AttnResModel(model.config), model.config):
         saved.save_pretrained(tmp_path / type(saved).__name__)
         reloaded = AttnResConfig.from_pretrained(tmp_path / type(saved).__name__)
-        assert set(reloaded.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+        assert reloaded.auto_map == AUTO_MAP
         assert (tmp_path / type(saved).__name__ / "configuration_attnres.py").is_file()
     code = {path.name for path in (tmp_path / "AttnResForCausalLM").glob("*.py")}
-    modules = ("backbones", "configuration_attnres", "modeling_attnres", "depth_attention", "depth_attention_triton")
-    assert code == {f"{module}.py" for module in modules}
+    root = Path(attnres.__file__).parent
+    assert code == {path.name for path in root.glob("*.py")} - {"__init__.py", "cli.py"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     retrofit(tiny_model("qwen3")).save_pretrained(tmp_path)
     model = AttnResForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    assert {p.dtype for p in model.parameters()} == {dtype}
-    assert model(random_tokens()).logits.dtype == dtype
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto")
-    assert {p.dtype for p in again.parameters()} == {dtype}
+    cast = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).to(dtype)
+    for loaded in (model, again, cast):
+        for name, parameter in loaded.named_parameters():
+            assert parameter.dtype == (torch.float32 if "depth_attention" in name else dtype), name
+        assert loaded(random_tokens()).logits.dtype == loaded.dtype == dtype
+    with safe_open(tmp_path / "again" / "model.safetensors", framework="pt") as file:
+        assert file.get_tensor("model.depth_attention.query").dtype == torch.float32
 
 
 def test_offloaded_to_cpu_and_disk(tmp_path: Path) -> None:
     model = retrofit(tiny_model("qwen3"), random_queries=True, block_size=3)
     model.save_pretrained(tmp_path / "model")
-    sizes = sum(p.numel() * 4 for p in model.backbone.model.layers[0].parameters())
+    sizes = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model",
         device_map="auto",
@@ -462,7 +467,7 @@ def test_no_layer_is_split_between_devices() -> None:
     from accelerate import infer_auto_device_map
 
     model = retrofit(tiny_model("qwen3"))
-    assert model._no_split_modules == {"AttnResQwen3DecoderLayer"}
+    assert model._no_split_modules == {"Qwen3DecoderLayer"}
     device_map = infer_auto_device_map(model, {0: 60_000, "cpu": "1GB"}, model._no_split_modules)
     assert not any(name.count(".") > 3 for name in device_map)
 
@@ -471,7 +476,7 @@ def test_embeddings_and_tied_head(tmp_path: Path) -> None:
     model = retrofit(tiny_model("qwen3"), random_queries=True)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     model.resize_token_embeddings(VOCAB_SIZE + 7)
-    assert model.config.vocab_size == model.config.backbone_config.vocab_size == VOCAB_SIZE + 7
+    assert model.config.vocab_size == VOCAB_SIZE + 7
     assert model(random_tokens()).logits.shape[-1] == VOCAB_SIZE + 7
     model.save_pretrained(tmp_path)
     loaded = AttnResForCausalLM.from_pretrained(tmp_path)
@@ -485,11 +490,11 @@ def test_children_of_layers_stay_what_they_are() -> None:
     model = retrofit(backbone)
     changed = 0
     for name, module in backbone.named_modules():
-        other = model.backbone.get_submodule(name)
+        other = model.get_submodule(name)
         assert isinstance(other, type(module))
         assert type(other) is type(module) or not type(module).__module__.startswith("torch.nn.")
-        changed += type(other) is not type(module)
-    assert changed == 3 * len(model.backbone.model.layers)  # the layer, its attention and its MLP; norms are LayerNorms
+        changed += ".layers." in name and type(other) is not type(module)
+    assert changed == 3 * len(model.model.layers)  # the layer, its attention and its MLP; norms are LayerNorms
 
 
 @pytest.mark.parametrize("implementation", ["two_phase", "auto"])
@@ -552,8 +557,8 @@ class OtherLayer(Qwen3DecoderLayer):
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        ("adds once more", "AttnResOtherLayer wrote 3 times to its residual stream; 2 times were expected"),
-        ("returns another tensor", "AttnResOtherLayer returns something else than its residual stream"),
+        ("adds once more", "OtherLayer wrote 3 times to its residual stream; 2 times were expected"),
+        ("returns another tensor", "OtherLayer returns something else than its residual stream"),
     ],
 )
 def test_layers_that_do_something_else_are_refused(use: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,10 +570,10 @@ def test_layers_that_do_something_else_are_refused(use: str, message: str, monke
         model(random_tokens())
 
 
-def test_backbone_alone_says_how_to_call_it() -> None:
+def test_a_layer_alone_says_how_to_call_it() -> None:
     model = retrofit(tiny_model("qwen3"))
     with pytest.raises(AttnResError, match="call the model"):
-        model.backbone(random_tokens())
+        model.model.layers[0](torch.zeros(1, 2, 32))
 
 
 def test_the_original_class_is_left_alone() -> None:
