@@ -48,7 +48,8 @@ from .configuration_attnres import (
     UnsupportedBackboneError,
     supported_backbone,
 )
-from .depth_attention import DepthAttention, DepthSettings, DepthState, Norm, depth_weights, read
+from .depth_attention import DepthAttention, depth_settings, depth_weights, read
+from .depth_state import DepthSettings, DepthState, Norm
 
 
 class DepthRecorder:
@@ -98,10 +99,8 @@ class ResidualStream:
     def settle(self) -> DepthState:
         """Writes what was added, if anything was."""
         if self.output is not None:
-            self.num_written += 1
-            closes_block = self.num_written % self.settings.block_size == 0
-            self.state = self.state.write(self.output, closes_block, at_once=not self.fuses)
-            self.output = None
+            self.state = self.state.write(self.output, self.settings.block_size)
+            self.num_written, self.output = self.state.depth, None
         return self.state
 
     def read(self) -> torch.Tensor:
@@ -117,7 +116,7 @@ class ResidualStream:
             query, state = self.depth_query[self.num_written], state.added()
             weights = depth_weights(query, state.sources, state.partial_sum, settings.key_norm_eps)
             recorder.depth_attentions[self.num_written] = weights  # again, where a layer is recomputed
-        hidden_states, self.state = read(self.depth_query, state, self.num_written, settings, norm)
+        hidden_states, self.state = read(self.depth_query, state, settings, norm)
         return hidden_states
 
     def follow(self, state: DepthState, output: torch.Tensor | None = None) -> ResidualStream:
@@ -275,10 +274,10 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         if is_checkpointed:
             # What crosses the boundary of a layer is kept for the backward, so phase one is not to: layers are groups.
             settings = settings._replace(group_size=self.next_sublayer - self.first_sublayer)
-            state = state._replace(phase_one=())
+            state = state._replace(cache=None)
         if depth_query.dtype.itemsize < 4:
             # Mixed precision of FSDP casts all that a layer is given; what was known in float32 is found anew.
-            depth_query, state = depth_query.float(), state._replace(inverse_rms=None, phase_one=())
+            depth_query, state = depth_query.float(), state._replace(cache=None)
         fuses = settings.implementation.fuses(state)
         entering = ResidualStream(settings, fuses, depth_query, depth_recorder, state, self.first_sublayer)
         if depth_recorder is not None:
@@ -367,7 +366,15 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
         layer_class = type(layer)
         renamed[layer_class.__name__] = f"AttnRes{layer_class.__name__}"
         layer.__class__ = _rewired_class(AttnResDecoderLayer, layer_class)  # type: ignore[arg-type]
-        layer.depth_settings = DepthSettings.of(config)
+        layer.depth_settings = depth_settings(
+            dict(
+                block_size=config.block_size,
+                mix=config.mix,
+                key_norm_eps=config.key_norm_eps,
+                implementation=config.depth_attention_implementation,
+            ),
+            config.num_sublayers,
+        )
         layer.structure = structure
         layer.num_sublayers = config.num_sublayers
         layer.first_sublayer = index * sublayers
@@ -424,7 +431,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
         backbone = auto_class.from_config(config.backbone_config)
         rewire(backbone, config)
         self.add_module(backbone_name or backbone.base_model_prefix, backbone)
-        self.depth_attention = DepthAttention(config)
+        self.depth_attention = DepthAttention(config.num_reads, config.get_text_config().hidden_size)
         self.post_init()
 
     @classmethod

@@ -17,7 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from attnres import AttnResConfig, AttnResError, AttnResForCausalLM, AttnResModel
 from attnres.configuration_attnres import UnsupportedBackboneError
-from attnres.depth_attention import DepthState
+from attnres.depth_state import DepthState
 
 MOE_FAMILIES = ["mixtral", "qwen3_moe"]
 
@@ -250,13 +250,14 @@ def test_gradient_checkpointing_keeps_sources_and_partial_sums_alone(block_size:
         )
     actual = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
     assert len(crossing) == len(layers)
-    for num_written, (sources, partial_sum, addend, inverse_rms, phase_one) in crossing.items():
+    for num_written, (sources, partial_sum, addend, depth, cache) in crossing.items():
         values = sources if partial_sum is None else (*sources, partial_sum)
         assert len(values) == 1 + -(-num_written // block_size)
         assert all(value.shape == (*input_ids.shape, model.config.hidden_size) for value in values)
         assert addend is None
-        assert inverse_rms is None if implementation == "eager" else inverse_rms.shape[-1] <= len(sources)
-        assert not phase_one
+        assert depth == num_written
+        assert (cache is None) == (implementation == "eager")
+        assert cache is None or (cache.inverse_rms.shape[-1] <= len(sources) and not cache.outputs)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], atol=1e-12, rtol=1e-10, msg=name)
 
@@ -421,7 +422,8 @@ def test_saved_code_and_auto_map(tmp_path: Path) -> None:
         assert set(reloaded.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
         assert (tmp_path / type(saved).__name__ / "configuration_attnres.py").is_file()
     code = {path.name for path in (tmp_path / "AttnResForCausalLM").glob("*.py")}
-    modules = ("backbones", "configuration_attnres", "modeling_attnres", "depth_attention", "depth_attention_triton")
+    modules = ["backbones", "configuration_attnres", "modeling_attnres", "depth_state", "depth_attention"]
+    modules += ["depth_attention_two_phase", "depth_attention_triton"]
     assert code == {f"{module}.py" for module in modules}
 
 
