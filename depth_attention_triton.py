@@ -37,14 +37,14 @@ from typing import Any
 import torch
 
 from .configuration_attnres import AttnResError
-from .depth_attention import Norm
+from .depth_state import Norm, refuse_second_derivatives
 
 try:
     import triton
     import triton.language as tl
 except ImportError as error:
     raise AttnResError(
-        "depth_attention_implementation='triton' needs the package triton, which cannot be imported here "
+        "The depth attention implementation 'triton' needs the package triton, which cannot be imported here "
         f"({error}). Install it (`pip install triton`), or choose 'two_phase' or 'auto'."
     ) from error
 
@@ -84,7 +84,7 @@ def add_to_row(matrix, index, values):
     return matrix + tl.where(is_row[:, None], values[None, :], 0.0)
 
 
-@triton.jit(do_not_specialize=["num_sources", "num_reads", "num_tokens", "first_scale"])
+@triton.jit(do_not_specialize=["num_sources", "num_reads", "num_tokens"])
 def phase_one_kernel(
     sources,
     queries,  # [reads, HIDDEN]
@@ -93,7 +93,6 @@ def phase_one_kernel(
     num_sources,
     num_reads,
     num_tokens,
-    first_scale,
     HIDDEN: tl.constexpr,
     N: tl.constexpr,
     READS: tl.constexpr,
@@ -128,7 +127,7 @@ def phase_one_kernel(
     total = tl.sum(weights, axis=1)
     reads = first + tl.arange(0, READS)
     tl.store(log_sum_exp + reads.to(tl.int64) * num_tokens + token, largest + tl.log(total), mask=reads < num_reads)
-    weights = weights * (tl.where(reads == 0, first_scale, 1).to(dtype) / total)[:, None]
+    weights = weights / total[:, None]
 
     for start in range(0, HIDDEN, BLOCK):
         if BLOCK < HIDDEN:  # from the cache
@@ -139,7 +138,7 @@ def phase_one_kernel(
             tl.store(target, mixed, mask=start + columns < HIDDEN)
 
 
-@triton.jit(do_not_specialize=["num_sources", "num_reads", "num_tokens", "first_scale"])
+@triton.jit(do_not_specialize=["num_sources", "num_reads", "num_tokens"])
 def phase_one_backward_kernel(
     sources,
     grad_sources,
@@ -151,7 +150,6 @@ def phase_one_backward_kernel(
     num_sources,
     num_reads,
     num_tokens,
-    first_scale,
     HIDDEN: tl.constexpr,
     N: tl.constexpr,
     READS: tl.constexpr,
@@ -184,19 +182,16 @@ def phase_one_backward_kernel(
 
     reads = tl.arange(0, READS)
     is_read = reads < num_reads
-    scale = tl.where(reads == 0, first_scale, 1).to(dtype)
     inverse_rms = tl.rsqrt(squares / HIDDEN + EPS)
     of_read = reads.to(tl.int64) * num_tokens + token
     known = tl.load(log_sum_exp + of_read, mask=is_read, other=0.0)
     weights = tl.exp(products * inverse_rms[None, :] - known[:, None])
     weights = tl.where(is_read[:, None] & is_source[None, :], weights, 0.0)
-    grad_weights = grad_weights * scale[:, None]
     shift = tl.load(grad_log_sum_exp + of_read, mask=is_read, other=0.0) - tl.sum(weights * grad_weights, axis=1)
     grad_logits = weights * (grad_weights + shift[:, None])
     grads = grad_logits * inverse_rms[None, :]
     # 1 / rms depends on the value too: its derivative is -v / (HIDDEN * rms^3).
     along = tl.sum(grads * products, axis=0) * inverse_rms * inverse_rms / -HIDDEN
-    weights = weights * scale[:, None]
     of_product = (index[None, :] * num_tokens.to(tl.int64) + token) * num_reads + reads[:, None]
     tl.store(grad_products + of_product, grads, mask=is_read[:, None] & is_source[None, :])
 
@@ -424,7 +419,7 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     )
 )
 def launch_phase_one(
-    queries: torch.Tensor, sources: list[torch.Tensor], first_scale: int, eps: float
+    queries: torch.Tensor, sources: list[torch.Tensor], eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[`phase_one`] of `[tokens, hidden]` sources: `[reads, tokens, hidden]` and `[reads, tokens]`."""
     (num_tokens, hidden), num_reads = sources[0].shape, queries.shape[0]
@@ -443,7 +438,6 @@ def launch_phase_one(
         len(sources),
         num_reads,
         num_tokens,
-        first_scale,
         HIDDEN=hidden,
         READS=triton.next_power_of_2(reads),
         EPS=eps,
@@ -459,7 +453,6 @@ def launch_phase_one_backward(
     log_sum_exp: torch.Tensor,
     grad_outputs: list[torch.Tensor],
     grad_log_sum_exp: torch.Tensor,
-    first_scale: int,
     eps: float,
 ) -> list[torch.Tensor]:
     """Gradients of the queries and of each source."""
@@ -482,7 +475,6 @@ def launch_phase_one_backward(
         num_sources,
         num_reads,
         num_tokens,
-        first_scale,
         HIDDEN=hidden,
         READS=triton.next_power_of_2(num_reads),
         EPS=eps,
@@ -598,11 +590,11 @@ class PhaseOne(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: torch.Tensor, first_scale: int, eps: float, *sources: torch.Tensor
+        ctx: Any, queries: torch.Tensor, eps: float, *sources: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         values = [rows(source) for source in sources]
-        output, log_sum_exp = launch_phase_one(queries, values, first_scale, eps)
-        ctx.first_scale, ctx.eps, ctx.shape = first_scale, eps, sources[0].shape
+        output, log_sum_exp = launch_phase_one(queries, values, eps)
+        ctx.eps, ctx.shape = eps, sources[0].shape
         ctx.save_for_backward(queries, log_sum_exp, *values)
         return (
             *output.view(len(queries), *ctx.shape).unbind(0),
@@ -611,14 +603,15 @@ class PhaseOne(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        refuse_second_derivatives()
         queries, log_sum_exp, *values = ctx.saved_tensors
         num_reads = len(queries)
         grad_outputs = [rows(grad) for grad in grads[:num_reads]]
         grad_log_sum_exp = torch.stack(grads[num_reads:]).view(log_sum_exp.shape)
         grad_queries, *grad_values = launch_phase_one_backward(
-            queries, values, log_sum_exp, grad_outputs, grad_log_sum_exp, ctx.first_scale, ctx.eps
+            queries, values, log_sum_exp, grad_outputs, grad_log_sum_exp, ctx.eps
         )
-        return (grad_queries, None, None, *(grad.view(ctx.shape) for grad in grad_values))
+        return (grad_queries, None, *(grad.view(ctx.shape) for grad in grad_values))
 
 
 class PhaseTwo(torch.autograd.Function):
@@ -647,6 +640,7 @@ class PhaseTwo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_hidden_states: torch.Tensor, grad_total: torch.Tensor | None = None) -> tuple[Any, ...]:
+        refuse_second_derivatives()
         *saved, norm_weight = ctx.saved_tensors
         grad_total = None if grad_total is None else rows(grad_total)
         grad_output, grad_log_sum_exp, grad_partial_sum, grad_query, *grad_norm = launch_phase_two_backward(
@@ -673,21 +667,20 @@ def check_device(tensor: torch.Tensor) -> None:
     """Raises [`AttnResError`] where the kernels cannot run."""
     if tensor.device.type != "cuda" and not IS_INTERPRETED:
         raise AttnResError(
-            f"depth_attention_implementation='triton' runs on CUDA devices, but the sources are on {tensor.device}. "
+            f"The depth attention implementation 'triton' runs on CUDA devices, but the sources are on {tensor.device}. "
             "Move the model, or choose 'two_phase' or 'auto'. (For tests, Triton's interpreter runs the kernels on any "
             "device: set TRITON_INTERPRET=1 before anything imports triton.)"
         )
 
 
 def phase_one(
-    queries: torch.Tensor, sources: tuple[torch.Tensor, ...], first_scale: int, eps: float
+    queries: torch.Tensor, sources: tuple[torch.Tensor, ...], eps: float
 ) -> tuple[torch.Tensor, ...]:
     """Phase one (Algorithm 1): every read of a block over the finished sources, with gradients.
 
     Args:
         queries (`torch.Tensor`): folded queries of the block's reads, `[reads, hidden]`, float32 or float64.
         sources (`tuple[torch.Tensor, ...]`): each `[..., hidden]`, of one dtype, on one CUDA device.
-        first_scale (`int`): factor of the first read, which is finished by this.
         eps (`float`): epsilon of the RMSNorm on the keys.
 
     Returns:
@@ -698,7 +691,7 @@ def phase_one(
         AttnResError: the sources are not on a CUDA device.
     """
     check_device(sources[0])
-    return PhaseOne.apply(queries, first_scale, eps, *sources)
+    return PhaseOne.apply(queries, eps, *sources)
 
 
 def phase_two(

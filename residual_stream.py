@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 
-from .depth_attention import depth_weights
+from .depth_attention import depth_weights, read
 from .depth_state import (
     DepthSettings,
     DepthState,
     Norm,
-    read,  # SHIM
 )
 
 
@@ -89,9 +88,7 @@ class ResidualStream:
         state, settings, recorder = self.settle(), self.settings, self.recorder
         if recorder is not None and recorder.depth_attentions is not None:
             added = state.added()
-            weights = depth_weights(
-                self.queries[state.depth], added.sources, added.partial_sum, settings.key_norm_eps
-            )
+            weights = depth_weights(self.queries[state.depth], added.sources, added.partial_sum, settings.key_norm_eps)
             recorder.depth_attentions[state.depth] = weights  # a recomputed layer records the same again
         hidden_states, self.state = read(self.queries, state, settings, norm)
         return hidden_states

@@ -1,17 +1,33 @@
 from __future__ import annotations
 
+import copy
 import weakref
-from itertools import accumulate, product
+from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
 from reference import ReferenceModel, visible
 from reference import read as reference_read
 from tiny import FAMILIES, random_tokens, retrofit, tiny_model
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import Trainer
+from transformers.trainer_pt_utils import get_parameter_names
 
-from attnres import AttnResConfig, DepthAttention, depth_attention
-from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, DepthSettings, DepthState, Norm, depth_weights, read
+from attnres import DepthAttention, depth_attention_two_phase
+from attnres.configuration_attnres import DEPTH_ATTENTION_IMPLEMENTATIONS, AttnResError
+from attnres.depth_attention import (
+    DEPTH_ATTENTION_FUNCTIONS,
+    AutoDepthAttention,
+    EagerDepthAttention,
+    TritonDepthAttention,
+    TwoPhaseDepthAttention,
+    depth_settings,
+    depth_weights,
+    read,
+)
+from attnres.depth_state import DepthSettings, DepthState, Norm
 
 IMPLEMENTATIONS = sorted({*DEPTH_ATTENTION_FUNCTIONS} - {"auto", "triton"})  # test_depth_attention_triton.py has these
 HIDDEN = 24
@@ -23,51 +39,50 @@ def make_sources(count: int, dtype: torch.dtype = torch.float32, scale: float = 
     return tuple((torch.randn(2, 5, HIDDEN, generator=generator) * scale * 4.0**-i).to(dtype) for i in range(count))
 
 
-def make_config(block_size: int, **kwargs: object) -> AttnResConfig:
-    backbone = dict(model_type="qwen3", hidden_size=HIDDEN, num_hidden_layers=4, num_attention_heads=4)
-    return AttnResConfig(backbone_config=backbone, block_size=block_size, **kwargs)
+def make_settings(block_size: int, mix: str = "mean", implementation: str = "two_phase") -> DepthSettings:
+    """Of a model with eight sublayers, thus nine reads."""
+    entry = dict(block_size=block_size, mix=mix, key_norm_eps=1e-6, implementation=implementation)
+    return depth_settings(entry, num_sublayers=8)
 
 
 def read_at(
-    query: torch.Tensor, values: tuple[torch.Tensor, ...], num_written: int, config: AttnResConfig
+    query: torch.Tensor, values: tuple[torch.Tensor, ...], depth: int, settings: DepthSettings
 ) -> tuple[torch.Tensor, DepthState]:
     """One read; an implementation with phases has opened the group at the first read of the group."""
-    settings = DepthSettings.of(config)
     state = DepthState(values[:1])
-    for written in range(num_written + 1):
-        num_sources = 1 + written // config.block_size
+    for written in range(depth + 1):
+        num_sources = 1 + written // settings.block_size
         # Values are finished blocks, so a partial sum is the value of its block from the start.
-        partial_sum = values[num_sources] if written % config.block_size else None
-        state = state._replace(sources=values[:num_sources], partial_sum=partial_sum)
-        hidden_states, state = read(query, state, written, settings)
+        partial_sum = values[num_sources] if written % settings.block_size else None
+        state = state._replace(sources=values[:num_sources], partial_sum=partial_sum, depth=written)
+        hidden_states, state = read(query, state, settings)
     return hidden_states, state
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("mix", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("num_written", "block_size"), [(0, 3), (1, 3), (3, 3), (5, 3), (4, 1), (8, 8), (7, 8)])
-def test_read_equals_reference(num_written, block_size, dtype, mix, implementation) -> None:
-    config = make_config(block_size, mix=mix, depth_attention_implementation=implementation)
-    has_partial_sum = num_written % block_size > 0
-    values = make_sources(1 + num_written // block_size + has_partial_sum, dtype)
-    query = torch.randn(config.num_reads, HIDDEN, generator=torch.Generator().manual_seed(0))
-    actual, state = read_at(query, values, num_written, config)
+@pytest.mark.parametrize(("depth", "block_size"), [(0, 3), (1, 3), (3, 3), (5, 3), (4, 1), (8, 8), (7, 8)])
+def test_read_equals_reference(depth, block_size, dtype, mix, implementation) -> None:
+    settings = make_settings(block_size, mix, implementation)
+    has_partial_sum = depth % block_size > 0
+    values = make_sources(1 + depth // block_size + has_partial_sum, dtype)
+    query = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(0))
+    actual, state = read_at(query, values, depth, settings)
 
     ones = torch.ones(HIDDEN, dtype=torch.float64)
-    expected, weights = reference_read([v.double() for v in values], query[num_written].double(), ones, mix, 1e-6)
+    expected, weights = reference_read([v.double() for v in values], query[depth].double(), ones, mix, 1e-6)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     assert actual.dtype == dtype
     assert (actual.double() - expected).abs().max() <= tolerance * expected.abs().max()
-    actual_weights = depth_weights(query[num_written], state.sources, state.partial_sum, 1e-6)
+    actual_weights = depth_weights(query[depth], state.sources, state.partial_sum, 1e-6)
     torch.testing.assert_close(actual_weights.double(), weights, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_zero_queries_give_the_residual_stream(implementation: str) -> None:
     values = make_sources(3)
-    config = make_config(2, mix="sum", depth_attention_implementation=implementation)
-    hidden_states, _ = read_at(torch.zeros(config.num_reads, HIDDEN), values, 3, config)
+    hidden_states, _ = read_at(torch.zeros(9, HIDDEN), values, 3, make_settings(2, "sum", implementation))
     torch.testing.assert_close(hidden_states, sum(values), atol=1e-6, rtol=1e-6)
 
 
@@ -75,19 +90,19 @@ def test_zero_queries_give_the_residual_stream(implementation: str) -> None:
 def test_large_values_do_not_overflow(implementation: str) -> None:
     """Statistics are in float32: the square of 300 is beyond float16."""
     values = tuple(torch.full((1, 1, HIDDEN), x, dtype=torch.float16) for x in (300.0, 30000.0))
-    config = make_config(1, depth_attention_implementation=implementation)
-    hidden_states, _ = read_at(torch.zeros(config.num_reads, HIDDEN), values, 1, config)
+    settings = make_settings(1, implementation=implementation)
+    hidden_states, _ = read_at(torch.zeros(9, HIDDEN), values, 1, settings)
     torch.testing.assert_close(hidden_states, torch.full_like(hidden_states, 15150.0))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_autocast_does_not_reach_depth_attention(implementation: str) -> None:
     values = make_sources(4)
-    config = make_config(3, depth_attention_implementation=implementation)
-    query = torch.randn(config.num_reads, HIDDEN, generator=torch.Generator().manual_seed(0))
-    expected, _ = read_at(query, values, 7, config)
+    settings = make_settings(3, implementation=implementation)
+    query = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(0))
+    expected, _ = read_at(query, values, 7, settings)
     with torch.autocast("cpu", torch.bfloat16):
-        actual, _ = read_at(query, values, 7, config)
+        actual, _ = read_at(query, values, 7, settings)
     assert torch.equal(actual, expected)
 
 
@@ -99,11 +114,11 @@ def test_chunks_cover_every_token(num_tokens: int, block_size: int, monkeypatch:
     kwargs = dict(generator=generator, dtype=torch.float64, requires_grad=True)
     sources = [torch.randn(1, num_tokens, HIDDEN, **kwargs) for _ in range(1 + -(-8 // block_size))]
     query = torch.randn(9, HIDDEN, **kwargs)
-    config = make_config(block_size, mix="sum", depth_attention_implementation="two_phase")
+    settings = make_settings(block_size, "sum")
     results = []
     for size in (2**19, 5 * HIDDEN):
-        monkeypatch.setattr(depth_attention, "CHUNK_ELEMENTS", size)
-        hidden_states, _ = read_at(query, tuple(sources), 8, config)
+        monkeypatch.setattr(depth_attention_two_phase, "CHUNK_ELEMENTS", size)
+        hidden_states, _ = read_at(query, tuple(sources), 8, settings)
         results.append((hidden_states, *torch.autograd.grad(hidden_states.square().sum(), [query, *sources])))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
@@ -125,11 +140,12 @@ def test_groups_change_nothing(block_size: int, group_size: int) -> None:
     settings = DepthSettings(block_size, "sum", 1e-6, DEPTH_ATTENTION_FUNCTIONS["two_phase"], group_size)
     state, actual = DepthState((leaves[0],)), []
     for index in range(12):
-        hidden_states, state = read(queries, state, index, settings)
+        hidden_states, state = read(queries, state, settings)
         actual.append(hidden_states)
-        assert bool(state.phase_one) == ((index + 1) % group_size != 0), "phase one outlives its group"
+        is_last_of_group = (index + 1) % group_size == 0 or index == 11
+        assert bool(state.cache.outputs) != is_last_of_group, "phase one outlives its group"
         if index < 11:
-            state = state.write(leaves[index + 1], closes_block=(index + 1) % block_size == 0)
+            state = state.write(leaves[index + 1], block_size)
     weights = [torch.randn(2, 5, HIDDEN, generator=generator, dtype=torch.float64) for _ in range(12)]
     results = [
         (*reads, *torch.autograd.grad(reads, [queries, *leaves], weights, retain_graph=True))
@@ -144,73 +160,57 @@ def test_groups_change_nothing(block_size: int, group_size: int) -> None:
     [(56, 1, 7), (56, 2, 8), (56, 3, 6), (56, 7, 7), (56, 56, 56), (12, 1, 3), (2, 1, 1), (54, 6, 6)],
 )
 def test_groups_are_about_the_square_root_of_the_depth(num_sublayers: int, block_size: int, group_size: int) -> None:
-    backbone = dict(model_type="qwen3", num_hidden_layers=num_sublayers // 2)
-    settings = DepthSettings.of(AttnResConfig(backbone_config=backbone, block_size=block_size))
-    assert settings.group_size == group_size
+    entry = dict(block_size=block_size, mix="mean", key_norm_eps=1e-6, implementation="two_phase")
+    assert depth_settings(entry, num_sublayers).group_size == group_size
 
 
-def test_state_survives_flattening() -> None:
-    """With and without a partial sum, something to add to it, 1 / rms and phase one."""
-    sources, tensor = make_sources(3), torch.zeros(2, 5)
-    for optional in product((None, tensor), repeat=3):
-        for phase_one in ((), [tensor, tensor + 1]):
-            state = DepthState(sources, *optional, phase_one)
-            values = state.flatten()
-            assert all(a is b for a, b in zip(values, (*sources, *optional, phase_one), strict=True))
-            back = DepthState.unflatten(values)
-            assert all(a is b for a, b in zip(back.sources, sources, strict=True))
-            assert all(a is b for a, b in zip(back[1:], state[1:], strict=True))
-
-
-def test_nobody_holds_phase_one_after_the_last_read_of_its_group() -> None:
-    """It is the largest part of a state; callers of decoder layers hold the states that they gave to them."""
-    queries, state = torch.randn(4, HIDDEN), DepthState(make_sources(2))
+def test_no_state_holds_phase_one_after_the_last_read_of_its_group() -> None:
+    """Phase one is the largest part of a state. Who still holds the state in front of the read, holds it."""
+    queries, state = torch.randn(4, HIDDEN), DepthState(make_sources(2), depth=2)
     settings = DepthSettings(2, "mean", 1e-6, DEPTH_ATTENTION_FUNCTIONS["two_phase"], group_size=2)
-    held = read(queries, state, 2, settings)[1]
-    assert len(held.phase_one) == 4
-    outputs = [weakref.ref(tensor) for tensor in held.phase_one]
-    read(queries, held.write(torch.ones(2, 5, HIDDEN), closes_block=False), 3, settings)
-    assert not any(output() is not None for output in outputs)
-
-
-def test_writing_leaves_the_old_state_alone() -> None:
-    first, second, third = make_sources(3)
-    state = DepthState((first,)).write(second, closes_block=False)
-    closed = state.write(third, closes_block=True)
-    assert state.partial_sum is second
-    assert closed.partial_sum is None
-    torch.testing.assert_close(closed.sources[1], second + third)
+    state = read(queries, state, settings)[1]
+    assert len(state.cache.outputs) == len(state.cache.log_sum_exps) == 2
+    found = [weakref.ref(tensor) for tensor in (*state.cache.outputs, *state.cache.log_sum_exps)]
+    before = state.write(torch.ones(2, 5, HIDDEN), 2)
+    after = read(queries, before, settings)[1]
+    assert len(before.cache.outputs) == 2, "a read has changed the state that it was given"
+    assert after.cache.inverse_rms is before.cache.inverse_rms
+    del state, before
+    assert not any(tensor() is not None for tensor in found)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_is_left_to_add_is_added_before_anything_else(implementation: str) -> None:
     """By the next read, write or scaling; a block is finished at once."""
     queries, (first, second, third, fourth) = torch.randn(9, HIDDEN), make_sources(4)
-    settings = DepthSettings.of(make_config(4, depth_attention_implementation=implementation))
-    state = DepthState((first,)).write(second, closes_block=False, at_once=False)
+    settings = make_settings(4, implementation=implementation)
+    state = DepthState((first,)).write(second, 4)
     assert state.partial_sum is second
     assert state.addend is None
-    left = state.write(third, closes_block=False, at_once=False)
+    left = state.write(third, 4)
     assert left.partial_sum is second
     assert left.addend is third
-    at_once = state.write(third, closes_block=False)
-    assert torch.equal(read(queries, left, 2, settings)[0], read(queries, at_once, 2, settings)[0])
+    at_once = DepthState((first,), second + third, None, 2)
+    assert torch.equal(read(queries, left, settings)[0], read(queries, at_once, settings)[0])
     for a, b in ((left.added(), at_once), (left.scaled(2), at_once.scaled(2))):
         assert torch.equal(a.partial_sum, b.partial_sum)
         assert a.addend is None
-    for closes_block in (False, True):
-        ends = [s.write(fourth, closes_block, at_once=False).added() for s in (left, at_once)]
+    for block_size in (4, 3):  # the block stays open, or is closed
+        ends = [s.write(fourth, block_size).added() for s in (left, at_once)]
         for a, b in zip(*([*end.sources, end.partial_sum] for end in ends)):
             assert (a is b) if a is None else torch.equal(a, b)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("num_written", [0, 1, 4])
-def test_norm_behind_a_read(num_written: int, implementation: str) -> None:
+@pytest.mark.parametrize("depth", [0, 1, 4])
+@pytest.mark.parametrize("mix", ["mean", "sum"])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_norm_behind_a_read(is_training: bool, mix: str, depth: int, implementation: str) -> None:
     queries, weight = torch.randn(9, HIDDEN), torch.randn(HIDDEN)
-    settings = DepthSettings.of(make_config(4, depth_attention_implementation=implementation))
-    state = DepthState(make_sources(1 + num_written // 4), *make_sources(num_written % 4))
-    plain, normed = (read(queries, state, num_written, settings, norm)[0] for norm in (None, Norm(weight, 0.5)))
+    settings = make_settings(4, mix, implementation)
+    state = DepthState(make_sources(1 + depth // 4), *make_sources(depth % 4), depth=depth)
+    with torch.set_grad_enabled(is_training):
+        plain, normed = (read(queries, state, settings, norm)[0] for norm in (None, Norm(weight, 0.5)))
     expected = plain / (plain.square().mean(-1, keepdim=True) + 0.5).sqrt() * weight
     torch.testing.assert_close(normed, expected)
 
@@ -221,17 +221,17 @@ def test_norm_behind_a_read(num_written: int, implementation: str) -> None:
 @pytest.mark.parametrize("block_size", [2, 4])
 def test_merge_takes_the_addition_and_the_norm(block_size, chunk_elements, dtype, mix, monkeypatch) -> None:
     """In inference. The sum is what adding would have given, the result is as near to float64 as rounding allows."""
-    monkeypatch.setattr(depth_attention, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(depth_attention_two_phase, "CHUNK_ELEMENTS", chunk_elements)
     settings = DepthSettings(block_size, mix, 1e-6, DEPTH_ATTENTION_FUNCTIONS["two_phase"], group_size=4)
     values, weight, queries = make_sources(6, dtype), torch.randn(HIDDEN).to(dtype), torch.randn(9, HIDDEN)
     state, actual = DepthState(values[:1]), []
     with torch.no_grad():
         for index, output in enumerate(values[1:]):
             assert settings.implementation.fuses(state)
-            hidden_states, state = read(queries, state, index, settings, Norm(weight, 0.5))
+            hidden_states, state = read(queries, state, settings, Norm(weight, 0.5))
             actual.append(hidden_states)
-            state = state.write(output, (index + 1) % block_size == 0, at_once=False)
-        hidden_states, state = read(queries, state, 5, settings, Norm(weight, 0.5))
+            state = state.write(output, block_size)
+        hidden_states, state = read(queries, state, settings, Norm(weight, 0.5))
     assert state.addend is None
     summed = visible(values[0], values[1:], block_size)
     for a, b in zip((*state.sources, state.partial_sum), summed, strict=True):
@@ -259,12 +259,10 @@ def test_one_token_alone_reads_as_among_others(block_size, dtype, mix, has_norm)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
     states = [DepthState((values[0],)), DepthState((values[0][:1, 2:3],))]
     with torch.no_grad():
-        for index, output in enumerate(values[1:]):
-            reads, states = zip(*(read(queries, state, index, settings, norm) for state in states))
+        for output in values[1:]:
+            reads, states = zip(*(read(queries, state, settings, norm) for state in states))
             torch.testing.assert_close(reads[1], reads[0][:1, 2:3], atol=tolerance, rtol=tolerance)
-            closes_block = (index + 1) % block_size == 0
-            outputs = (output, output[:1, 2:3])
-            states = [state.write(part, closes_block, at_once=False) for state, part in zip(states, outputs)]
+            states = [state.write(part, block_size) for state, part in zip(states, (output, output[:1, 2:3]))]
 
 
 @pytest.mark.parametrize("token_first", [False, True])
@@ -278,12 +276,11 @@ def test_a_group_that_one_token_opened_goes_on_otherwise(block_size: int, token_
     values, queries = [value[:1, :1] for value in make_sources(8)], torch.randn(9, HIDDEN)
     state = reference = DepthState((values[0],))
     for index, output in enumerate(values[1:]):
-        expected, reference = read(queries, reference, index, eager)
+        expected, reference = read(queries, reference, eager)
         with torch.set_grad_enabled((index % 2 == 0) != token_first):
-            actual, state = read(queries, state, index, two_phase)
+            actual, state = read(queries, state, two_phase)
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-        closes_block = (index + 1) % block_size == 0
-        state, reference = (s.write(output, closes_block, at_once=False) for s in (state, reference))
+        state, reference = (s.write(output, block_size) for s in (state, reference))
 
 
 @pytest.mark.parametrize(
@@ -296,9 +293,9 @@ def test_extreme_values_of_one_token(size: float, query: float) -> None:
     queries, norm = torch.full((9, HIDDEN), query), Norm(torch.ones(HIDDEN), 0.0)
     results = []
     for count in (1, 2):
-        states = DepthState((torch.ones(1, count, HIDDEN),), torch.full((1, count, HIDDEN), size))
+        state = DepthState((torch.ones(1, count, HIDDEN),), torch.full((1, count, HIDDEN), size), depth=1)
         with torch.no_grad():
-            results.append([read(queries, states, 1, settings, n)[0][:, :1] for n in (None, norm)])
+            results.append([read(queries, state, settings, n)[0][:, :1] for n in (None, norm)])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
@@ -323,10 +320,10 @@ def test_compiled_inference_keeps_sources_and_nothing_else() -> None:
 
     def run(embedding: torch.Tensor, queries: torch.Tensor, *matrices: torch.Tensor) -> torch.Tensor:
         state = DepthState((embedding,))
-        for num_written, matrix in enumerate(matrices):
-            hidden_states, state = read(queries, state, num_written, settings)
-            state = state.write(hidden_states @ matrix, (num_written + 1) % block_size == 0)
-        return read(queries, state, len(matrices), settings)[0]
+        for matrix in matrices:
+            hidden_states, state = read(queries, state, settings)
+            state = state.write(hidden_states @ matrix, block_size)
+        return read(queries, state, settings)[0]
 
     arguments = (embedding, queries, *matrices.unbind(0))
     torch._dynamo.reset()
@@ -344,24 +341,25 @@ def test_compiled_inference_keeps_sources_and_nothing_else() -> None:
 def test_scaled_sources_give_scaled_reads(implementation: str) -> None:
     """As a decoder asks for that scales its residual; weights stay, since keys are normalised."""
     queries, leaves = torch.randn(9, HIDDEN), [torch.randn(2, 5, HIDDEN) for _ in range(6)]
-    settings = DepthSettings.of(make_config(2, mix="sum", depth_attention_implementation=implementation))
+    settings = make_settings(2, "sum", implementation)
     reads = []
     for factor in (1.0, 0.25):
         state = DepthState((leaves[0],))
         for index, leaf in enumerate(leaves[1:]):
-            _, state = read(queries, state, index, settings)
-            state = state.write(leaf * (factor if index == 4 else 1), closes_block=(index + 1) % 2 == 0)
+            _, state = read(queries, state, settings)
+            state = state.write(leaf * (factor if index == 4 else 1), 2)
             if index == 3:
                 state = state.scaled(factor)
-        reads.append(read(queries, state, 5, settings)[0])
+        reads.append(read(queries, state, settings)[0])
     torch.testing.assert_close(reads[1], 0.25 * reads[0], atol=1e-4, rtol=1e-4)
 
 
 def test_folded_query_is_float32() -> None:
-    depth_attention = DepthAttention(make_config(2)).bfloat16()
-    assert depth_attention().dtype == torch.float32
-    assert depth_attention().shape == (9, HIDDEN)
-    assert not depth_attention().any()
+    module = DepthAttention(9, HIDDEN).bfloat16()
+    assert module().dtype == torch.float32
+    assert module().shape == (9, HIDDEN)
+    assert not module().any()
+    assert module.double()().dtype == torch.float64
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
