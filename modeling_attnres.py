@@ -392,8 +392,9 @@ def rewire(backbone: PreTrainedModel, config: AttnResConfig) -> None:
 
 def keep_all_positions(*inputs: Any, **kwargs: Any) -> tuple[Any, ...]:
     """In the place of what lets Gemma 4 run the last layers of a prefill at the last position only: a state of depth
-    is no tensor that a position could be cut from."""
-    return inputs[:4]
+    is no tensor that a position could be cut from. What was to be cut comes back whole: all that stands in front of
+    `logits_to_keep`, which is the last positional argument."""
+    return inputs[:-1]
 
 
 class AttnResPreTrainedModel(PreTrainedModel):

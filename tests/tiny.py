@@ -144,6 +144,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     ),
     "kolibri1": EXPERTS,
     "laguna": EXPERTS,
+    "lara_mini": dict(
+        LINEAR,
+        **EXPERTS,
+        shared_expert_intermediate_size=16,
+        sliding_window=8,
+        layer_types=["linear_attention", "sliding_attention", "linear_attention", "full_attention"],
+    ),
     "lfm2_moe": dict(**EXPERTS, num_dense_layers=1, layer_types=["conv", "full_attention", "conv", "full_attention"]),
     "longcat_flash": dict(
         **MLA,
@@ -182,6 +189,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": LINEAR,
     "qwen3_moe": EXPERTS,
     "qwen3_next": dict(**LINEAR, **EXPERTS, shared_expert_intermediate_size=16),
+    "sarvam_mla": dict(**GROUPED, **MLA),
+    "sarvam_moe": GROUPED,
     "solar_open": GROUPED,
     "youtu": MLA,
     "zaya": dict(num_experts=4, moe_intermediate_size=16, router_hidden_size=16),
