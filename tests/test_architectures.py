@@ -9,10 +9,10 @@ import architectures
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import random_tokens, randomize, tiny_model
+from tiny import VARIATIONS, random_tokens, randomize, retrofit, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
 
-from attnres import AttnResForCausalLM, AttnResModel, convert
+from attnres import AttnResConfig, AttnResForCausalLM, AttnResModel, convert
 from attnres.backbones import REFUSED, SUPPORTED
 from attnres.configuration_attnres import UnsupportedBackboneError, supported_backbone
 from attnres.modeling_attnres import AttnResDecoderLayer
@@ -20,6 +20,12 @@ from attnres.modeling_attnres import AttnResDecoderLayer
 # Whose own cached decoding differs from their own full forward at this size, without attnres; only that the two agree
 # can be tested.
 CACHE_DIFFERS = {"bamba", "minimax"}
+VARIATION_CACHE_DIFFERS = {
+    ("deepseek_v32", "reordered"),
+    ("doge", "experts"),
+    ("doge", "kept_window"),
+    ("glm_moe_dsa", "reordered"),
+}
 # Whose own layers cannot be offloaded, without attnres.
 OFFLOADING_FAILS = {"jetmoe", "longcat_flash"}
 # Whose tensors have names on disk that only the model with a head knows to rename.
@@ -115,6 +121,39 @@ def test_architecture(name: str, tmp_path: Path) -> None:
         close(dispatched(model, tmp_path)(input_ids).logits, mixed)
 
     # Gradients reach every query but the first, which has one source to choose from.
+    model.train()
+    model.gradient_checkpointing_enable()
+    model(input_ids, labels=input_ids).loss.backward()
+    gradient = model.depth_attention.query.grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+    assert gradient[1:].any(dim=-1).all()
+
+
+@pytest.mark.parametrize(("name", "variation"), [(name, each) for name in VARIATIONS for each in VARIATIONS[name]])
+def test_variation(name: str, variation: str) -> None:
+    backbone = tiny_model(name, **VARIATIONS[name][variation])
+    input_ids = random_tokens()
+    with torch.no_grad():
+        expected = backbone(input_ids).logits
+    assert expected.std() > 1e-3
+
+    # Lossless, also token by token, also where only the last positions are asked for.
+    num_sublayers = AttnResConfig(backbone_config=backbone.config).num_sublayers
+    model = retrofit(backbone, num_blocks=min(3, num_sublayers))
+    with torch.no_grad():
+        close(model(input_ids).logits, expected)
+        close(model(input_ids, logits_to_keep=2).logits, expected[:, -2:])
+    close(decode(model, input_ids), decode(backbone, input_ids))
+
+    # With depth weights of their own, decoding with a cache equals the full forward.
+    randomize(model)
+    with torch.no_grad():
+        mixed = model(input_ids).logits
+    assert (mixed - expected).abs().max() > 1e-3
+    if name not in CACHE_DIFFERS and (name, variation) not in VARIATION_CACHE_DIFFERS:
+        close(decode(model, input_ids), mixed)
+
     model.train()
     model.gradient_checkpointing_enable()
     model(input_ids, labels=input_ids).loss.backward()
