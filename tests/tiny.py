@@ -197,8 +197,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": dict(num_experts=4, moe_intermediate_size=16, router_hidden_size=16),
 }
 
-# What the plain configurations leave off. Every family that has any of these switches gets a variation that turns all of
-# them over, ...
+# What the plain configurations leave off. Every family that has any of these switches gets a variation that turns them
+# all over, ...
 SWITCHES = frozenset(
     """
         attention_bias attention_k_eq_v attention_out_bias attn_temperature_tuning block_auto_adjust_ff_dim conv_bias
@@ -311,7 +311,7 @@ LONGROPE = {**YARN, "rope_type": "longrope", "short_factor": [1.5] * 4, "long_fa
 
 # What only some have, or what one of them needs in addition.
 OWN_VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "apertus1p5_text": {"pruned_head": dict(output_vocab_size=64, rope_parameters=LLAMA3)},
+    "apertus1p5_text": {"pruned_head": dict(vocab_size=128, output_vocab_size=VOCAB_SIZE, tie_word_embeddings=False)},
     "aria_text": {"experts": dict(moe_num_experts=3, moe_topk=1, moe_num_shared_experts=1)},
     "axk1": {"one_group": dict(n_group=1, rope_parameters=YARN)},
     "bailing_hybrid": {
