@@ -309,9 +309,11 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {**YARN, "rope_type": "longrope", "short_factor": [1.5] * 4, "long_factor": [2.5] * 4}
 
+SHARING = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+
 # What only some have, or what one of them needs in addition.
 OWN_VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "apertus1p5_text": {"pruned_head": dict(vocab_size=128, output_vocab_size=VOCAB_SIZE, tie_word_embeddings=False)},
+    "apertus1p5_text": {"pruned_head": dict(vocab_size=128, output_vocab_size=VOCAB_SIZE)},
     "aria_text": {"experts": dict(moe_num_experts=3, moe_topk=1, moe_num_shared_experts=1)},
     "axk1": {"one_group": dict(n_group=1, rope_parameters=YARN)},
     "bailing_hybrid": {
@@ -341,12 +343,12 @@ OWN_VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "flex_olmo": {"few_experts": dict(num_experts=3, num_experts_per_tok=1)},
     "gemma4_text": {
         "shared_layers": dict(num_kv_shared_layers=2),
-        "shared_layer": dict(num_kv_shared_layers=1, layer_types=["full_attention", "sliding_attention"] * 2),
+        "shared_layer": dict(num_kv_shared_layers=1, layer_types=SHARING),
         "no_per_layer_input": dict(hidden_size_per_layer_input=0),
         "no_experts": dict(enable_moe_block=False),
     },
     "gemma4_unified_text": {
-        "shared_layer": dict(num_kv_shared_layers=1, layer_types=["full_attention", "sliding_attention"] * 2),
+        "shared_layer": dict(num_kv_shared_layers=1, layer_types=SHARING),
         "shared_layers": dict(num_kv_shared_layers=2, use_double_wide_mlp=True),
     },
     "glm_moe_dsa": {"shared_indexer": dict(indexer_types=["full", "shared", "full", "shared"])},
@@ -419,8 +421,9 @@ def variations(family: str) -> dict[str, dict[str, Any]]:
         "single": {name: value for name, value in SINGLE.items() if name in plain},
     }
     if family in ORDER_OF_LAYERS:
-        common["reordered"]["layer_types"] = ORDER_OF_LAYERS[family]
-        common["single"]["layer_types"] = ORDER_OF_LAYERS[family][:1]
+        order = ORDER_OF_LAYERS[family]
+        common["reordered"]["layer_types"] = order
+        common["single"]["layer_types"] = ["full_attention"] if "full_attention" in order else order[:1]
     return common | OWN_VARIATIONS.get(family, {})
 
 
@@ -434,7 +437,8 @@ def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
     config_class = CONFIG_MAPPING[family]
     known = {*config_class.__dataclass_fields__, *config_class.attribute_map}
     common = {name: value for name, value in COMMON.items() if name in known}
-    return config_class(**{**common, **OVERRIDES.get(family, {}), **overrides})
+    # Some classes change the lists that they are given.
+    return config_class(**copy.deepcopy({**common, **OVERRIDES.get(family, {}), **overrides}))
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
