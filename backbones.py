@@ -63,15 +63,15 @@ def _three_if_per_layer_input(config: Any) -> int:
 SUPPORTED: dict[str, Backbone] = {
     **dict.fromkeys(
         """
-            afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba beam biogpt bitnet cwm deepseek_v2 deepseek_v3
-            deepseek_v32 diffllama doge dots1 dots3_note_text ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1
-            flex_olmo flint gemma gemma2 gemma3_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa
-            gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium
+            afmoe apertus apertus1p5_text arcee aria_text axk1 axk2 bailing_hybrid bamba beam biogpt bitnet cwm
+            deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 dots3_note_text ernie4_5 ernie4_5_moe exaone
+            exaone4 exaone_moe falcon_h1 flex_olmo flint gemma gemma2 gemma3_text glm glm4 glm4_moe glm4_moe_lite
+            glm_moe_dsa gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium
             hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax inkling_text internlm3 iquestcoder jais2 jamba jetmoe
-            kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama longcat_flash mellum mimo_v2_flash minicpm3
+            kimi_linear kolibri1 laguna lara_mini lfm2 lfm2_moe lfm3 llama longcat_flash mellum mimo_v2_flash minicpm3
             minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder nanochat nemotron olmo
             olmo2 olmo3 olmo_hybrid olmoe persimmon phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text
-            qwen3_moe qwen3_next seed_oss smollm3 solar_open starcoder2 vaultgemma xglm youtu
+            qwen3_moe qwen3_next sarvam_mla sarvam_moe seed_oss smollm3 solar_open starcoder2 vaultgemma xglm youtu
         """.split(),
         Backbone(),
     ),
@@ -118,8 +118,10 @@ REFUSED: dict[str, str] = {
         """.split(),
         "its forward hands no keyword arguments on to its decoder layers, and the pseudo-queries travel as one",
     ),
-    **dict.fromkeys(("hrm_text", "zamba", "zamba2"), "its decoder layers are run, or share weights, at several depths"),
-    "inkling2_text": "it has attention residuals of its own",
+    **dict.fromkeys(
+        ("dory", "hrm_text", "zamba", "zamba2"), "its decoder layers are run, or share weights, at several depths"
+    ),
+    **dict.fromkeys(("inkling2_loop_text", "inkling2_text"), "it has attention residuals of its own"),
     "opt": "its decoder layers reshape the residual stream",
     "recurrent_gemma": "it keeps the state of its recurrent layers in its modules instead of a cache",
 }

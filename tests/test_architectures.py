@@ -9,21 +9,26 @@ import architectures
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import random_tokens, randomize, tiny_model
+from tiny import VARIATIONS, depth_attention, random_tokens, randomize, retrofit, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
 
-from attnres import AttnResForCausalLM, AttnResModel, convert
+from attnres import AttnResConfig, AttnResForCausalLM, AttnResModel, convert
 from attnres.backbones import REFUSED, SUPPORTED
 from attnres.configuration_attnres import UnsupportedBackboneError, supported_backbone
-from attnres.modeling_attnres import AttnResDecoderLayer
+from attnres.rewiring import AttnResDecoderLayer
 
 # Whose own cached decoding differs from their own full forward at this size, without attnres; only that the two agree
 # can be tested.
 CACHE_DIFFERS = {"bamba", "minimax"}
+VARIATION_CACHE_DIFFERS = {
+    ("deepseek_v32", "reordered"),
+    ("doge", "experts"),
+    ("doge", "kept_window"),
+    ("glm_moe_dsa", "reordered"),
+}
+DEPTH_TENSORS = {("depth_attention", "query"), ("depth_attention", "key_norm")}
 # Whose own layers cannot be offloaded, without attnres.
 OFFLOADING_FAILS = {"jetmoe", "longcat_flash"}
-# Whose tensors have names on disk that only the model with a head knows to rename.
-NEEDS_HEAD = {"bailing_hybrid", "nemotron_h"}
 
 
 def tensor_names(directory: Path) -> set[str]:
@@ -89,13 +94,17 @@ def test_architecture(name: str, tmp_path: Path) -> None:
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     names = tensor_names(tmp_path / "converted")
-    assert names == tensor_names(tmp_path / "source") | {"depth_attention.query", "depth_attention.key_norm"}
+    added = names - tensor_names(tmp_path / "source")
+    assert names >= tensor_names(tmp_path / "source")
+    assert {tuple(tensor.split(".")[-2:]) for tensor in added} == DEPTH_TENSORS
+    assert len(added) == 2
     model.save_pretrained(tmp_path / "saved")
     assert tensor_names(tmp_path / "saved") == names
 
     headless, info = AutoModel.from_pretrained(tmp_path / "converted", output_loading_info=True)
     assert isinstance(headless, AttnResModel)
-    assert name in NEEDS_HEAD or not info["missing_keys"]
+    _, plain_info = AutoModel.from_pretrained(tmp_path / "source", output_loading_info=True)
+    assert info["missing_keys"] == plain_info["missing_keys"]
 
     # Lossless, also token by token.
     model.eval()
@@ -118,7 +127,40 @@ def test_architecture(name: str, tmp_path: Path) -> None:
     model.train()
     model.gradient_checkpointing_enable()
     model(input_ids, labels=input_ids).loss.backward()
-    gradient = model.depth_attention.query.grad
+    gradient = depth_attention(model).query.grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+    assert gradient[1:].any(dim=-1).all()
+
+
+@pytest.mark.parametrize(("name", "variation"), [(name, each) for name in VARIATIONS for each in VARIATIONS[name]])
+def test_variation(name: str, variation: str) -> None:
+    backbone = tiny_model(name, **VARIATIONS[name][variation])
+    input_ids = random_tokens()
+    with torch.no_grad():
+        expected = backbone(input_ids).logits
+    assert expected.std() > 1e-3
+
+    # Lossless, also token by token, also where only the last positions are asked for.
+    num_sublayers = AttnResConfig(backbone_config=backbone.config).num_sublayers
+    model = retrofit(backbone, num_blocks=min(3, num_sublayers))
+    with torch.no_grad():
+        close(model(input_ids).logits, expected)
+        close(model(input_ids, logits_to_keep=2).logits, expected[:, -2:])
+    close(decode(model, input_ids), decode(backbone, input_ids))
+
+    # With depth weights of their own, decoding with a cache equals the full forward.
+    randomize(model)
+    with torch.no_grad():
+        mixed = model(input_ids).logits
+    assert (mixed - expected).abs().max() > 1e-3
+    if name not in CACHE_DIFFERS and (name, variation) not in VARIATION_CACHE_DIFFERS:
+        close(decode(model, input_ids), mixed)
+
+    model.train()
+    model.gradient_checkpointing_enable()
+    model(input_ids, labels=input_ids).loss.backward()
+    gradient = depth_attention(model).query.grad
     assert gradient is not None
     assert gradient.isfinite().all()
     assert gradient[1:].any(dim=-1).all()

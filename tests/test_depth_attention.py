@@ -1,28 +1,18 @@
 from __future__ import annotations
 
-import copy
 import weakref
 from itertools import accumulate
-from pathlib import Path
 
 import pytest
 import torch
 from reference import ReferenceModel, visible
 from reference import read as reference_read
 from tiny import FAMILIES, random_tokens, retrofit, tiny_model
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import Trainer
-from transformers.trainer_pt_utils import get_parameter_names
 
 from attnres import DepthAttention, depth_attention_two_phase
-from attnres.configuration_attnres import DEPTH_ATTENTION_IMPLEMENTATIONS, AttnResError
 from attnres.depth_attention import (
     DEPTH_ATTENTION_FUNCTIONS,
-    AutoDepthAttention,
-    EagerDepthAttention,
-    TritonDepthAttention,
-    TwoPhaseDepthAttention,
     depth_settings,
     depth_weights,
     read,
