@@ -216,7 +216,7 @@ def test_merge_takes_the_addition_and_the_norm(block_size, chunk_elements, dtype
     values, weight, queries = make_sources(6, dtype), torch.randn(HIDDEN).to(dtype), torch.randn(9, HIDDEN)
     state, actual = DepthState(values[:1]), []
     with torch.no_grad():
-        for index, output in enumerate(values[1:]):
+        for output in values[1:]:
             assert settings.implementation.fuses(state)
             hidden_states, state = read(queries, state, settings, Norm(weight, 0.5))
             actual.append(hidden_states)

@@ -1,4 +1,4 @@
-"""The seam between decoder layers: what crosses it, what hooks see of it, and what becomes of layers that are missing."""
+"""The seam between decoder layers: what crosses it, what hooks see, and what comes of layers that are missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from attnres import AttnResError
 from attnres.depth_state import DepthState
 
-IMPLEMENTATIONS = ["eager", "two_phase", "triton"]
+IMPLEMENTATIONS = ["eager", "two_phase"]
 
 
 def make(implementation: str = "two_phase", block_size: int = 3, random_queries: bool = True, **kwargs: Any) -> Any:
