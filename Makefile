@@ -1,6 +1,7 @@
 # make demo   the main job on a small checkpoint: convert, verify, generate, evaluate
 # make test   the tests
 # make lint   ruff and mypy
+# make test-versions   the core of the tests on older versions of Transformers
 
 # The first of these that is new enough.
 PYTHONS := python3 python3.13 python3.12 python3.11
@@ -8,10 +9,10 @@ PYTHON ?= $(firstword $(foreach p,$(PYTHONS),$(shell $(p) -c "import sys; sys.ve
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-versions lint clean
 
 .venv/installed: pyproject.toml constraints.txt
-	$(if $(PYTHON),,$(error Python 3.11 or newer is needed, as transformers 5.23 does; name one: make PYTHON=...))
+	$(if $(PYTHON),,$(error Python 3.11 or newer is needed, as transformers 5 does; name one: make PYTHON=...))
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
@@ -23,6 +24,11 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python tests/fetch_transformers_tests.py
 	$(BIN)/python -m pytest
+
+test-versions: .venv/installed
+	rm -rf .cache/converted && mkdir -p .cache
+	$(BIN)/attnres convert examples/tiny-qwen3 .cache/converted --num-blocks 4
+	$(BIN)/nox --noxfile tests/noxfile.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -13,8 +13,8 @@
 # limitations under the License.
 """Configuration of Attention Residuals (AttnRes, arXiv 2603.15031) over any decoder of Transformers.
 
-An AttnRes configuration *is* the configuration of its decoder, the *backbone*: the class of each is made at run time and
-derives from [`AttnResConfig`] and from the backbone's own configuration class. It has one more entry, `depth_attention`.
+An AttnRes configuration *is* the configuration of its decoder, the *backbone*: the class of each is made at run time
+and derives from [`AttnResConfig`] and from the backbone's own class. It has one more entry, `depth_attention`.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class AttnResConfig(PreTrainedConfig):
         else:
             backbone_config = _resolve_backbone_config(kwargs.pop("backbone_config", None))
         self = object.__new__(config_class_of(type(backbone_config)))
-        # The state of the given object as it is: it also holds what no field does, such as the attention implementation.
+        # The whole state of the given object. It holds more than fields do, such as the attention implementation.
         self.__dict__.update(copy.deepcopy(backbone_config.__dict__))
         try:
             for name, value in kwargs.items():
@@ -208,7 +208,7 @@ class AttnResConfig(PreTrainedConfig):
         depth = self.depth_attention
         if unknown := sorted(depth.keys() - {"block_size", *DEPTH_DEFAULTS}):
             raise AttnResConfigError(
-                f"depth_attention has an entry {unknown[0]!r}; allowed are {', '.join(['block_size', *DEPTH_DEFAULTS])}."
+                f"depth_attention has an entry {unknown[0]!r}; allowed: {', '.join(['block_size', *DEPTH_DEFAULTS])}."
             )
         _check_range("block_size", depth.get("block_size"), 1, self.num_sublayers, "sublayers of the backbone")
         _check_choice("mix", depth["mix"], MIXES)
@@ -255,7 +255,8 @@ class AttnResConfig(PreTrainedConfig):
         model_type = fields.pop("backbone_model_type", model_type)
         if not isinstance(entry, dict):
             raise AttnResConfigError(f"depth_attention={entry!r}; a dict of settings was expected.")
-        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or model_type == AttnResConfig.model_type:
+        is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+        if not is_known or model_type == AttnResConfig.model_type:
             raise AttnResConfigError(
                 f"backbone_model_type={model_type!r} is no decoder that this version of Transformers has."
             )

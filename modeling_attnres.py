@@ -115,17 +115,16 @@ class AttnResPreTrainedModel(PreTrainedModel):
 
     def post_init(self) -> None:
         """The backbone calls this at the end of its constructor. Here the base model becomes an AttnRes model."""
-        structure = supported_backbone(self.config.model_type)
-        base_model = getattr(self, structure.base_model or self.base_model_prefix, None)
-        if base_model is not None and not isinstance(base_model, AttnResModel):
+        base_model = _base_model(self)
+        if not isinstance(base_model, AttnResModel):
             base_model.__class__ = model_class_of(AttnResModel, type(base_model), type(self.config))
             base_model.post_init()
         super().post_init()
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # The library leaves modules without parameters uninitialised in custom code. Here they are the backbone's, which
-        # sets buffers in some of them (Falcon-H1's multipliers).
+        # The library leaves modules without parameters uninitialised in custom code. Here they are the backbone's. Some
+        # of them hold buffers that have to be set (Falcon-H1's multipliers).
         return False
 
     @torch.no_grad()
@@ -211,14 +210,19 @@ class AttnResModel(AttnResPreTrainedModel):
         end = getattr(last, "next_sublayer", None)
         if end is None:
             raise AttnResError(
-                f"the last decoder layer is a {type(last).__name__}, which does not read from depth; remove layers from "
-                "the end of the list instead of replacing them."
+                f"the last decoder layer is a {type(last).__name__}, which does not read from depth; remove layers "
+                "from the end of the list instead of replacing them."
             )
         return queries if end == len(queries) - 1 else torch.cat([queries[:end], queries[-1:]])
 
 
 class _AttnResHead(AttnResPreTrainedModel):
     """A model with a head: the backbone's own, over an [`AttnResModel`]."""
+
+    @property
+    def depth_attention(self) -> DepthAttention:
+        """The depth parameters, which the base model holds."""
+        return _base_model(self).depth_attention
 
     def forward(self, *args: Any, output_depth_attentions: bool | None = None, **kwargs: Any) -> ModelOutput:
         """
@@ -278,7 +282,7 @@ class AttnResForTokenClassification(_AttnResHead):
 
 
 class AttnResForQuestionAnswering(_AttnResHead):
-    """A question answering model of Transformers with attention over depth for residuals, where the backbone has one."""
+    """A question answering model of Transformers with attention over depth for residuals, where there is one."""
 
     auto_class = AutoModelForQuestionAnswering
 
@@ -320,18 +324,24 @@ def model_class_of(
         namespace[method] = _keep_all_positions
     _share_conversions(backbone_class.__name__, config_class.model_type)
     model_class: Any = type(kind.__name__, (kind, backbone_class), namespace)
-    # The library enters a class here, by its qualified name, when it constructs the first model of it. A base model that
-    # becomes an AttnRes model is never constructed as one.
+    # The library enters a class here, by its qualified name, when it constructs a model of it. A base model that turns
+    # into an AttnRes model is never constructed as one.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(model_class), model_class._can_record_outputs)
     return model_class
 
 
 def _share_conversions(class_name: str, model_type: str) -> None:
-    """The library looks up how tensors are renamed on disk by the name of a class, then by its model type. Two backbones
-    (GPT-NeoX, dots3) are listed by class alone. They are listed by model type here, for classes of another name."""
+    """The library looks up how tensors are renamed on disk by the name of a class, then by its model type. Two
+    backbones (GPT-NeoX, dots3) are listed by class alone. Here they are listed by model type, for AttnRes classes."""
     conversions = get_checkpoint_conversion_mapping(class_name)
     if conversions is not None and get_checkpoint_conversion_mapping(model_type) is None:
         register_checkpoint_conversion_mapping(model_type, conversions)
+
+
+def _base_model(model: PreTrainedModel) -> Any:
+    """The base model of a model with a head, or the base model itself."""
+    structure = supported_backbone(model.config.model_type)
+    return getattr(model, structure.base_model or model.base_model_prefix, model)
 
 
 def _new_model(kind: Any, backbone_class: Any, config: AttnResConfig) -> PreTrainedModel:
