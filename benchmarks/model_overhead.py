@@ -62,17 +62,14 @@ def make_attnres(backbone: PreTrainedModel, kind: str, implementation: str) -> A
     )
     with torch.device("meta"):
         model = AttnResForCausalLM(config)
-    model.backbone = model.backbone.to_empty(device="meta")
-    model.backbone.load_state_dict(backbone.state_dict(), assign=True)
-    model.backbone.tie_weights()
+    model.load_state_dict(backbone.state_dict(), assign=True, strict=False)
+    model.tie_weights()
     for name, source in backbone.named_buffers():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.backbone.get_submodule(parent), leaf, source)
-    parameter = next(backbone.parameters())
-    shape = model.depth_attention.query.shape
-    kwargs = {"dtype": parameter.dtype, "device": parameter.device}
-    model.depth_attention.query = torch.nn.Parameter(0.02 * torch.randn(shape, **kwargs))
-    model.depth_attention.key_norm = torch.nn.Parameter(torch.ones(shape, **kwargs))
+        setattr(model.get_submodule(parent), leaf, source)
+    depth, device = model.depth_attention, next(backbone.parameters()).device
+    depth.query = torch.nn.Parameter(0.02 * torch.randn(depth.query.shape, device=device))
+    depth.key_norm = torch.nn.Parameter(torch.ones(depth.key_norm.shape, device=device))
     return model.eval()
 
 

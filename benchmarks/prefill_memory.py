@@ -47,7 +47,7 @@ def main() -> None:
     for chunk in (None, *arguments.chunk):
         base = generation_peak(backbone, arguments.tokens, chunk, arguments.device)
         for kind, model in models.items():
-            settings = model.backbone.base_model.layers[0].depth_settings
+            settings = model.model.layers[0].depth_settings
             num_blocks = -(-model.config.num_sublayers // settings.block_size)
             one_source = (chunk or arguments.tokens) * backbone.config.hidden_size
             more = generation_peak(model, arguments.tokens, chunk, arguments.device) - base
