@@ -112,13 +112,13 @@ MOST_PLAIN = 2**63
 
 COLLECTIONS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
 BYTES: dict[str, Any] = {"bytes": bytes, "bytearray": bytearray}
-NOT_MADE_OF_A_MESSAGE = (UnicodeError, ExceptionGroup)
+NOT_MADE_OF_ONE = (UnicodeError, ExceptionGroup)
 EXCEPTIONS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in vars(builtins).values()
-    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, NOT_MADE_OF_A_MESSAGE)
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, NOT_MADE_OF_ONE)
 } | {"UnicodeError": UnicodeError}
-"""What an answer can raise: these classes are made of a message, and do nothing else."""
+"""What an answer can raise: these classes are made of one piece of data, and do nothing else."""
 
 
 class ProtocolError(Exception):
@@ -219,8 +219,8 @@ def read_reply(line: bytes, number: int, resolve: Callable[[int], Any]) -> tuple
             raise ProtocolError("an answer to another call")
         case [int(), "value", wire]:
             return "value", decode(wire, resolve)
-        case [int(), "raised", [str(kind), str(text)]] if kind in EXCEPTIONS:
-            return "raised", EXCEPTIONS[kind](text)
+        case [int(), "raised", [str(kind), wire]] if kind in EXCEPTIONS:
+            return "raised", EXCEPTIONS[kind](decode(wire, resolve))
         case [int(), "exited", str(why)]:
             return "exited", why
     raise ProtocolError(f"no answer: {reprlib.repr(reply)}")
@@ -264,7 +264,6 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "str": str,
     "repr": repr,
 }
-MOST_MESSAGE = 1000
 
 
 def serve(channel: Channel) -> None:
@@ -294,19 +293,24 @@ def serve(channel: Channel) -> None:
             reply: list[Any] = ["value", encode(perform(request), refer)]
         except Exception as error:
             kind = next(base.__name__ for base in type(error).__mro__ if base in EXCEPTIONS.values())
-            reply = ["raised", [kind, message(error)[:MOST_MESSAGE]]]
+            reply = ["raised", [kind, encode(argument(error), refer)]]
         except BaseException as error:
-            reply = ["exited", f"{type(error).__name__}: {message(error)}"[:MOST_MESSAGE]]
+            reply = ["exited", f"{type(error).__name__}: {shown(error)}"]
         channel.send([request["id"], *reply])
 
 
-def message(error: BaseException) -> str:
-    """What to make the same exception of. That of a `KeyError` is not what it shows."""
-    if len(error.args) == 1 and type(error.args[0]) is str:
+def argument(error: Exception) -> Any:
+    """What to make an exception of that shows the same: its only argument, or what it says instead."""
+    text = shown(error)
+    if len(error.args) == 1 and text in (shown(Exception(*error.args)), shown(KeyError(*error.args))):
         return error.args[0]
+    return text
+
+
+def shown(error: BaseException) -> str:
     try:
         return f"{error}"
-    except Exception as another:  # an integer of too many digits, or the candidate's own `__str__`
+    except BaseException as another:  # an integer of too many digits, or `__str__` of the candidate's own
         return f"cannot be shown: {type(another).__name__}"
 
 
@@ -465,9 +469,9 @@ def judge(channel: Channel, candidate: str, tests: str) -> tuple[str, str]:
     except Stop:
         verdict = ("exited", "")
     except MemoryError as error:
-        verdict = ("memory", f"MemoryError: {message(error)}")
+        verdict = ("memory", f"MemoryError: {shown(error)}")
     except BaseException as error:
-        verdict = ("failed", f"{type(error).__name__}: {message(error)}")
+        verdict = ("failed", f"{type(error).__name__}: {shown(error)}")
     return other.verdict or verdict
 
 
