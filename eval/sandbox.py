@@ -251,17 +251,16 @@ def _run(name: Backend, candidate: str, tests: str, limits: Limits) -> Outcome:
 
         try:
             theirs = start("candidate", [0, 1], subprocess.PIPE)
-            assert theirs.stdin and theirs.stdout
-            ours = start("tests", [theirs.stdout.fileno(), theirs.stdin.fileno()], program)
-            assert ours.stdout
+            ends = [end for end in (theirs.stdout, theirs.stdin) if end is not None]
+            ours = start("tests", [end.fileno() for end in ends], program)
         except OSError as error:
             raise SandboxUnavailableError(f"The sandbox ({name}) did not start: {error}.") from error
-        for end in (theirs.stdin, theirs.stdout, complains):
+        for end in (*ends, complains):
             end.close()
         received = bytearray()
-        _receive(ours.stdout, received, 1, STARTUP_SECONDS)
+        _receive(ours, received, 1, STARTUP_SECONDS)
         if received.startswith(b"ready\n"):
-            in_time = _receive(ours.stdout, received, 2, limits.seconds)
+            in_time = _receive(ours, received, 2, limits.seconds)
             return _outcome(bytes(received)) if in_time else Outcome(False, "timeout", f"after {limits.seconds:g} s")
         _kill(theirs)
         _kill(ours)
@@ -270,18 +269,19 @@ def _run(name: Backend, candidate: str, tests: str, limits: Limits) -> Outcome:
         raise SandboxUnavailableError(f"The sandbox ({name}) did not start: {said.splitlines()[-1]}")
 
 
-def _receive(pipe: IO[bytes], received: bytearray, lines: int, seconds: float) -> bool:
+def _receive(process: subprocess.Popen[bytes], received: bytearray, lines: int, seconds: float) -> bool:
     """Reads on until there are so many lines, or no more to come; `False` if that takes more than `seconds`.
 
     This is the limit on time: nothing inside a sandbox has a say in it.
     """
+    assert process.stdout is not None
     deadline = time.monotonic() + seconds
     with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
+        selector.register(process.stdout, selectors.EVENT_READ)
         while received.count(b"\n") < lines and len(received) < VERDICT_BYTES:
             if not selector.select(max(0.0, deadline - time.monotonic())):
                 return False
-            part = os.read(pipe.fileno(), VERDICT_BYTES)
+            part = os.read(process.stdout.fileno(), VERDICT_BYTES)
             if not part:
                 break
             received += part

@@ -480,12 +480,12 @@ def main(request: dict[str, Any]) -> None:
         leave_session_keyring(request["keyctl"])
         give_up_privileges(request["scratch_bytes"], request["scratch_files"], request["user"])
     limit_resources(request["limits"], request["isolated"])
+    if request["isolated"]:
+        filter_system_calls(base64.b64decode(request["bpf"]))
     own_input, own_output, incoming, outgoing = (os.dup(end) for end in (0, 1, *request["pipes"]))
     nothing = os.open(os.devnull, os.O_RDWR)
     for end in {0, 1, 2, *request["pipes"]}:
         os.dup2(nothing, end)
-    if request["isolated"]:
-        filter_system_calls(base64.b64decode(request["bpf"]))
     if request["role"] == "candidate":
         os.close(own_input)
         os.close(own_output)

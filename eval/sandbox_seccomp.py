@@ -1,8 +1,8 @@
 """The system calls that a sandboxed program may make, as a program for the kernel's filter (seccomp).
 
 The list names what Python programs need. Any other call answers `ENOSYS`, as it would on a kernel that lacks it, so
-that a call which Linux gains tomorrow is refused as well. [libseccomp](https://github.com/seccomp/libseccomp) translates
-the list for the machine's architecture.
+that a call which Linux gains tomorrow is refused as well. [libseccomp](https://github.com/seccomp/libseccomp)
+translates the list for the machine's architecture.
 
 Some calls are left out although programs may want them, because namespaces do not confine them or nothing bounds what
 they take: `socket` (families such as `AF_VSOCK` are outside the network namespace), `keyctl` and `add_key` (keyrings),

@@ -7,16 +7,15 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import NoReturn
 
-import psutil
 import pytest
-from code_problems import HUMAN_EVAL, MBPP
+from code_problems import GOOD, HUMAN_EVAL, MBPP, TESTS, require_sandbox
 
 from attnres import AttnResError
 from attnres.eval import sandbox
@@ -31,15 +30,6 @@ from attnres.eval.sandbox import (
     pass_at_k_score,
 )
 
-GOOD = "def f(x):\n    return 7 * x + 3\n"
-TESTS = """
-def check(candidate):
-    for x in (1, 20, 300):
-        assert candidate(x) == 7 * x + 3
-    assert len([candidate(x) for x in range(3)]) == 3
-
-check(f)
-"""
 PROGRAMS = [
     (problem["prompt"] + problem[kind], f"{problem['test']}\ncheck({problem['entry_point']})", kind[0] == "c")
     for problem in HUMAN_EVAL
@@ -49,27 +39,15 @@ PROGRAMS = [
 ]
 
 
-@pytest.fixture(params=sandbox.SANDBOXES)
-def each_sandbox(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    reason = sandbox._unavailable(request.param)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    monkeypatch.setattr(sandbox, "SANDBOXES", (request.param,))
-    return request.param
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _any_sandbox() -> None:
-    try:
-        backend()
-    except SandboxUnavailableError as error:
-        pytest.skip(str(error))
+def _sandbox() -> None:
+    require_sandbox()
 
 
 # ---- the benchmarks' programs ----------------------------------------------------------------------------------------
 
 
-def test_canonical_solutions_pass_and_broken_ones_fail(each_sandbox: str) -> None:
+def test_canonical_solutions_pass_and_broken_ones_fail() -> None:
     outcomes = check_many([program[:2] for program in PROGRAMS])
     assert [outcome.passed for outcome in outcomes] == [passes for *_, passes in PROGRAMS], outcomes
 
@@ -131,9 +109,38 @@ def test_order_is_kept() -> None:
 # ---- where there is no sandbox ---------------------------------------------------------------------------------------
 
 
-def test_refusal_without_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_unavailable", lambda name: f"no {name} today")
-    with pytest.raises(SandboxUnavailableError, match=r"no bubblewrap today.*no namespaces today.*--unsafe-code"):
+@pytest.fixture
+def no_memory_of_trials() -> Iterator[None]:
+    """Has the trial of the sandbox run again, in a test and after it."""
+    sandbox._unavailable.cache_clear()
+    yield
+    sandbox._unavailable.cache_clear()
+
+
+@pytest.mark.usefixtures("no_memory_of_trials")
+@pytest.mark.parametrize("missing", ["bubblewrap", "libseccomp", "pyseccomp", "namespaces", "Linux"])
+def test_refusal_without_a_sandbox(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = f"no {missing} today"
+
+    def raises(error: Exception) -> Callable[..., NoReturn]:
+        def function(*_: object) -> NoReturn:
+            raise error
+
+        return function
+
+    if missing == "bubblewrap":
+        monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+        said = "bubblewrap is not installed"
+    elif missing == "Linux":
+        monkeypatch.setattr(sandbox.sys, "platform", "darwin")
+        said = "this is not Linux"
+    elif missing == "namespaces":
+        monkeypatch.setattr(sandbox, "_bubblewrap", lambda mounts, user: ["--unshare-nothing-of-this-name"])
+        said = "bwrap: Unknown option --unshare-nothing-of-this-name"
+    else:
+        error = RuntimeError(said) if missing == "libseccomp" else ImportError(said)
+        monkeypatch.setattr(sandbox.sandbox_seccomp, "bpf", raises(error))
+    with pytest.raises(SandboxUnavailableError, match=f"{said}.*apt-get install bubblewrap.*--unsafe-code"):
         check(GOOD, TESTS)
     assert issubclass(SandboxUnavailableError, AttnResError)
     assert backend(unsafe=True) == "unsafe"
@@ -150,36 +157,69 @@ def test_unsafe_runs_have_limits_and_the_same_verdicts(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "step", ["unshare", "sethostname", "mount", "pivot_root", "umount2", "syscall", "capset", "prctl"]
+    "step", ["mount", "capset", "syscall", "prctl", "setresuid", "setresgid", "setgroups", "setrlimit"]
 )
 def test_a_step_of_the_isolation_that_fails_is_a_refusal(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = sandbox.RUNNER.read_text()
-    changed = source.replace(
-        "    import ctypes\n", f"    import ctypes\n    if function == {step!r}: raise OSError('no luck')\n", 1
-    )
+    if step in ("mount", "capset", "syscall", "prctl"):
+        where, fails = (
+            "    import ctypes\n",
+            f"    import ctypes\n    if function == {step!r}: raise OSError('no luck')\n",
+        )
+    else:
+        if step != "setrlimit" and os.geteuid():
+            pytest.skip("only root becomes another user")
+        module = "resource" if step == "setrlimit" else "os"
+        where = "def libc("
+        fails = f"def fails(*_): raise OSError('no luck')\n{module}.{step} = fails\ndef libc("
+    changed = source.replace(where, fails, 1)
     assert changed != source
     (tmp_path / "runner.py").write_text(changed)
     monkeypatch.setattr(sandbox, "RUNNER", tmp_path / "runner.py")
     with pytest.raises(SandboxUnavailableError, match="no luck"):
-        sandbox._run("namespaces", GOOD, TESTS, Limits())
+        sandbox._run("bubblewrap", GOOD, TESTS, Limits())
 
 
-@pytest.mark.parametrize("root", [False, True])
-def test_bubblewrap_arguments(root: bool) -> None:
-    arguments = sandbox._bubblewrap({"/opt/python": "/real/python", "/dev/null": "/dev/null"}, 1000, root)
+@pytest.mark.parametrize("user", [None, 0x70000001])
+def test_bubblewrap_arguments(user: int | None) -> None:
+    arguments = sandbox._bubblewrap({"/opt/python": "/real/python", "/dev/null": "/dev/null"}, user)
     line = " ".join(arguments)
     for wanted in (
         "--die-with-parent --new-session --unshare-ipc --unshare-pid --unshare-net --unshare-uts",
         "--cap-drop ALL",
-        "--dir /dev --dir /opt --dir /jail --ro-bind /real/python /opt/python --dev-bind /dev/null /dev/null",
-        "--perms 0777 --size 1000 --tmpfs /scratch --remount-ro / --chdir /scratch --",
+        "--dir /dev --dir /opt --dir /scratch --ro-bind /real/python /opt/python --dev-bind /dev/null /dev/null",
+        "--remount-ro / --chdir /scratch --",
     ):
         assert wanted in line
-    assert ("--unshare-user --disable-userns" in line) != root
-    assert (line.count("--cap-add") == 4) == root
+    assert ("--unshare-user" in line) == (user is None)
+    assert line.count("--cap-add") == (1 if user is None else 3)
     assert "--proc" not in line
+
+
+@pytest.mark.parametrize(
+    ("user", "map_of_users", "own"),
+    [
+        (0, "         0          0 4294967295\n", True),
+        (0, "         0       1000          1\n", False),
+        (0, "         0     100000      65536\n", False),
+        (0, "         0          0      65536\n", False),
+        (1000, "         0          0 4294967295\n", False),
+        (1000, "      1000       1000          1\n", False),
+    ],
+)
+def test_root_runs_each_as_a_user_of_its_own(
+    user: int, map_of_users: str, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox.os, "geteuid", lambda: user)
+    monkeypatch.setattr(sandbox.Path, "read_text", lambda path: map_of_users)
+    users = {sandbox._unused_user() for _ in range(20)}
+    if own:
+        assert len(users) > 15
+        assert all(other in sandbox.UNUSED_USERS for other in users)
+    else:
+        assert users == {None}
 
 
 def test_what_a_sandbox_sees() -> None:

@@ -664,7 +664,7 @@ def test_a_program_that_speaks_the_protocol_is_believed() -> None:
 
 
 def test_programs_that_take_the_tests_time_or_memory() -> None:
-    limits = Limits(seconds=2)
+    limits = Limits(seconds=1)
     for name, source in DRAINS.items():
         start = time.monotonic()
         outcome = check(source, USES_THE_ANSWER, limits)
@@ -718,18 +718,32 @@ def test_for_an_ordinary_user_too(tmp_path: Path) -> None:
     """Root runs this file again as somebody else. What is closed to others is shown again under an open directory."""
     if os.geteuid() or "ATTNRES_AS_USER" in os.environ:
         pytest.skip("only root can become somebody else; for other users, all of this file has run so")
-    needed = {str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix, *sys.path) if Path(path).is_dir()}
-    needed |= {str(Path(__file__).parents[1])} | {path for path in sys.path if Path(path).is_dir()}
-    closed = sorted({str(p) for path in needed for p in Path(path).parents if not p.stat().st_mode & 0o001}, key=len)
+    shown = {path for path in (sys.prefix, sys.base_prefix, *sys.path, str(Path(__file__).parents[1])) if path}
+    shown |= {os.path.realpath(path) for path in shown}
+    shown = {path for path in shown if os.path.isdir(path)}
+    closed = {str(at) for path in (*shown, tmp_path) for at in Path(path).parents if not at.stat().st_mode & 0o001}
     arguments = ["bwrap", "--dev-bind", "/", "/"]
-    for directory in closed:
+    for directory in sorted(closed, key=len):
         arguments += ["--perms", "0755", "--tmpfs", directory]
-    for path in sorted(path for path in needed if any(Path(path).is_relative_to(other) for other in closed)):
-        for parent in sorted(map(str, Path(path).parents)):
-            arguments += ["--dir", parent] if any(Path(parent).is_relative_to(other) for other in closed) else []
-        arguments += ["--ro-bind", path, path]
-    arguments += ["--perms", "1777", "--tmpfs", str(tmp_path), "--"]
-    arguments += ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", sys.executable, "-m", "pytest", "-q"]
+    for path in sorted({*shown, str(tmp_path)}, key=len):
+        within = [str(at) for at in reversed(Path(path).parents) if closed & {*map(str, at.parents)}]
+        for parent in within:
+            arguments += ["--dir", parent]
+        if path == str(tmp_path):
+            arguments += ["--perms", "1777", "--tmpfs", path]
+        elif within or closed & {*map(str, Path(path).parents)}:
+            arguments += ["--ro-bind", path, path]
+    arguments += [
+        "--",
+        "setpriv",
+        "--reuid=1000",
+        "--regid=1000",
+        "--clear-groups",
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+    ]
     arguments += ["-p", "no:cacheprovider", "--basetemp", f"{tmp_path}/pytest", str(Path(__file__))]
     environment = {**os.environ, "ATTNRES_AS_USER": "1", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     run = subprocess.run(arguments, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
