@@ -387,6 +387,10 @@ class Remote:
         return self._candidate.ask("call", self, *arguments, **keywords)
 
     def __getattr__(self, name: str) -> Any:
+        if (
+            name.startswith("__") and name != "__name__"
+        ):  # protocols: NumPy reads memory where `__array_interface__` says
+            raise AttributeError(f"the tests do not ask the candidate for {name}")
         return self._candidate.ask("getattr", self, name)
 
     def __getitem__(self, key: Any) -> Any:

@@ -95,6 +95,14 @@ def test_numpy_where_it_is_installed() -> None:
     assert check(candidate, tests) == Outcome(True, "passed", "")
 
 
+def test_numpy_arrays_are_read_item_by_item() -> None:
+    pytest.importorskip("numpy")
+    tests = "import numpy\nassert numpy.allclose(f(), [[1, 2], [3, 4]]) and numpy.asarray(f()).shape == (2, 2)"
+    assert check("import numpy as np\nf = lambda: np.arange(1, 5).reshape(2, 2)", tests) == Outcome(True, "passed", "")
+    pointer = "class P:\n    __array_interface__ = dict(data=(8, False), shape=(9,), typestr='<f8', version=3)\nf = P"
+    assert check(pointer, "import numpy\nnumpy.asarray(f()).sum()\nassert f() is None").status == "failed"
+
+
 def test_tests_that_swallow_everything_do_not_pass() -> None:
     swallow = "try:\n    f()\nexcept:\n    pass"
     assert check("import os\ndef f(): os._exit(0)", swallow).status == "exited"

@@ -748,4 +748,6 @@ def test_for_an_ordinary_user_too(tmp_path: Path) -> None:
     environment = {**os.environ, "ATTNRES_AS_USER": "1", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     run = subprocess.run(arguments, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    if "No sandbox for the programs of a model" in run.stdout:
+        pytest.skip(f"no sandbox for ordinary users here: {run.stdout[-1000:]}")
     assert " passed" in run.stdout

@@ -183,6 +183,27 @@ def test_sizes_and_shapes(wire: Any, fits: bool) -> None:
             decode(wire, lambda number: Stand())
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["__array__", "__array_interface__", "__array_struct__", "__array_priority__", "__array_ufunc__", "__dlpack__",
+     "__fspath__", "__index__", "__float__", "__deepcopy__", "__copy__", "__await__", "__enter__", "__set_name__",
+     "__length_hint__", "__torch_function__", "__dataframe__", "__html__"],
+)  # fmt: skip
+def test_libraries_of_the_tests_do_not_take_orders(name: str) -> None:
+    asked: list[Any] = []
+
+    class Other:
+        def ask(self, *request: Any) -> str:
+            asked.append(request)
+            return "answer"
+
+    stand_in = runner.Remote(Other(), 0)  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match=name):
+        getattr(stand_in, name)
+    assert asked == []
+    assert stand_in.attribute == stand_in.__name__ == "answer"
+
+
 @pytest.mark.parametrize("digits", [4301, 10**5, 12 * 10**6])
 def test_digits_in_a_line(digits: int) -> None:
     with pytest.raises(ProtocolError):
