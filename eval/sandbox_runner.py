@@ -95,7 +95,7 @@ def limit_resources(limits: dict[str, int], isolated: bool) -> None:
     }
     if sys.platform == "linux":
         limited |= {resource.RLIMIT_AS: limits["memory_bytes"], resource.RLIMIT_MSGQUEUE: 0}
-        limited[resource.RLIMIT_SIGPENDING] = limits["open_files"]
+        limited[resource.RLIMIT_SIGPENDING] = limits["open_files"]  # bounds timers too
     if isolated:  # elsewhere all processes of the user count
         limited[resource.RLIMIT_NPROC] = limits["processes"]
     for kind, most in limited.items():
@@ -489,6 +489,8 @@ def main(request: dict[str, Any]) -> None:
     own_input, own_output, incoming, outgoing = (os.dup(end) for end in (0, 1, *request["pipes"]))
     nothing = os.open(os.devnull, os.O_RDWR)
     for end in {0, 1, 2, *request["pipes"]}:
+        os.close(end)
+    for end in (0, 1, 2):
         os.dup2(nothing, end)
     if request["role"] == "candidate":
         os.close(own_input)

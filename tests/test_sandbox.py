@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import combinations
 from pathlib import Path
 from typing import NoReturn
@@ -107,6 +108,13 @@ def test_tests_that_swallow_everything_do_not_pass() -> None:
     swallow = "try:\n    f()\nexcept:\n    pass"
     assert check("import os\ndef f(): os._exit(0)", swallow).status == "exited"
     assert check("def f():\n    while True: pass", swallow, Limits(seconds=1)).status == "timeout"
+
+
+def test_a_caller_that_has_many_files_open() -> None:
+    with ExitStack() as stack:
+        for _ in range(2 * Limits().open_files):
+            stack.enter_context(open(os.devnull))
+        assert check(GOOD, TESTS) == Outcome(True, "passed", "")
 
 
 def test_order_is_kept() -> None:
