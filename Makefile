@@ -23,7 +23,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python tests/fetch_transformers_tests.py
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-versions: .venv/installed
 	rm -rf .cache/converted && mkdir -p .cache

@@ -1,10 +1,11 @@
 """Runs programs that a model wrote, and scores them: pass@k without trust in the programs.
 
-A candidate and its tests run in two sandboxes, joined by nothing but a socket. Each is a process without network, in
-a file system that holds the interpreter, read-only, and an empty scratch directory; with limits on time, memory,
-processes, open files and output; killed with all it started. [bubblewrap](https://github.com/containers/bubblewrap)
-makes it, or Linux namespaces do. The tests get stand-ins for what the candidate defines, and the verdict comes from
-their sandbox, in which no line of the candidate is ever executed: see `sandbox_runner.py` and docs/sandbox.md.
+A candidate and its tests run in two sandboxes, joined by nothing but two pipes. Each is a process without network, in
+a file system that holds the interpreter, read-only, and an empty scratch directory; with a filter of system calls, and
+limits on time, memory, processes, open files and answers; killed with all it started.
+[bubblewrap](https://github.com/containers/bubblewrap) makes it. The tests get stand-ins for what the candidate
+defines, and the verdict comes from their sandbox, in which no line of the candidate is ever executed: see
+`sandbox_runner.py` and docs/sandbox.md.
 
 >>> from attnres.eval.sandbox import check
 >>> check("def add(a, b):\n    return a + b\n", "assert add(2, 3) == 5")
@@ -13,24 +14,29 @@ Outcome(passed=True, status='passed', detail='')
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import math
 import os
+import secrets
+import selectors
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
 from ..configuration_attnres import AttnResError
-from .sandbox_runner import JAIL, SCRATCH
+from . import sandbox_seccomp
+from .sandbox_runner import SCRATCH
 
 RUNNER = Path(__file__).with_name("sandbox_runner.py").resolve()
 LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/etc/ld.so.cache")
@@ -38,8 +44,13 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 STARTUP_SECONDS = 60
 """How long a sandbox may take to start, beside `Limits.seconds`; on an idle machine it is a tenth of a second."""
 DETAIL_CHARACTERS = 500
+VERDICT_BYTES = 2**13
+"""More than a status and a detail of that many characters take as JSON."""
+NOBODY = 65534
+UNUSED_USERS = range(0x70000000, 0x80000000)
+"""User ids that neither distributions nor container managers hand out."""
 
-Backend = Literal["bubblewrap", "namespaces", "unsafe"]
+Backend = Literal["bubblewrap", "unsafe"]
 Status = Literal["passed", "failed", "timeout", "memory", "exited"]
 
 
@@ -56,8 +67,9 @@ class Limits:
         memory_bytes: address space of each process, so all together at most `processes` times that.
         processes: processes and threads.
         open_files: file descriptors of each process.
-        output_bytes: of each file; standard output and error together are one, and so is each answer to the tests.
+        output_bytes: of each file, and of each answer to the tests. What a candidate prints is thrown away.
         scratch_bytes: of the scratch directory.
+        scratch_files: files and directories in it.
     """
 
     seconds: float = 10.0
@@ -66,6 +78,7 @@ class Limits:
     open_files: int = 64
     output_bytes: int = 2**24
     scratch_bytes: int = 2**26
+    scratch_files: int = 1024
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,8 @@ class Outcome:
         passed: whether its tests ran to their end and held.
         status: `"passed"`; `"failed"` (an exception, of the tests or the candidate); `"timeout"`; `"memory"` (the
             exception was a `MemoryError`); `"exited"` (its process ended before its tests did).
-        detail: the exception, or what else was the matter; at most 500 characters, empty for a pass.
+        detail: the exception, or what else was the matter; at most 500 characters, which can be printed, and empty
+            for a pass.
     """
 
     passed: bool
@@ -85,30 +99,28 @@ class Outcome:
 
 
 def backend(unsafe: bool = False) -> Backend:
-    """What candidates run in: the first of bubblewrap and plain namespaces that a trial shows to work here.
+    """What candidates run in: bubblewrap, if a trial shows that it works here.
 
     Args:
         unsafe (`bool`, *optional*, defaults to `False`): do without a sandbox where there is none.
 
     Returns:
-        `str`: `"bubblewrap"`, `"namespaces"` or `"unsafe"`. The last is a process of its own with limits on time,
-        memory, open files and output, which can read and write whatever its user can, and reach the network.
+        `str`: `"bubblewrap"` or `"unsafe"`. The latter is a process of its own with limits on time, memory, open files
+        and the size of files, which can read and write whatever its user can, and reach the network.
 
     Raises:
-        SandboxUnavailableError: neither works and `unsafe` is not set; the message says why and what to do.
+        SandboxUnavailableError: bubblewrap does not work and `unsafe` is not set; the message says why and what to do.
     """
-    reasons = []
-    for name in SANDBOXES:
-        reason = _unavailable(name)
-        if reason is None:
-            return name
-        reasons.append(f"{name}: {reason}")
+    reason = _unavailable("bubblewrap")
+    if reason is None:
+        return "bubblewrap"
     if unsafe:
         return "unsafe"
     raise SandboxUnavailableError(
-        f"No sandbox for the programs of a model ({'; '.join(reasons)}). Install bubblewrap 0.8 or newer (package "
-        "bubblewrap) and allow user namespaces, or use a machine or container that does; or, where nothing can be "
-        "harmed, run them without a sandbox: pass unsafe=True (--unsafe-code)."
+        f"No sandbox for the programs of a model: {reason}. It needs Linux, bubblewrap and libseccomp (Debian and "
+        "Ubuntu: apt-get install bubblewrap libseccomp2), pyseccomp (pip install pyseccomp), and namespaces, which "
+        "ordinary users may have to be allowed to make. Where nothing can be harmed, run the programs without a "
+        "sandbox: pass unsafe=True (--unsafe-code)."
     )
 
 
@@ -214,44 +226,66 @@ def pass_at_k_score(
 
 
 def _run(name: Backend, candidate: str, tests: str, limits: Limits) -> Outcome:
-    ours, theirs = socket.socketpair()
-    with ours, theirs, tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as output:
-        sides: dict[str, dict[str, Any]] = {
-            "candidate": dict(stdin=theirs, stdout=output),
-            "tests": dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[ours.fileno()]),
-        }
-        started: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        program = stack.enter_context(tempfile.TemporaryFile())
+        program.write(json.dumps({"candidate": candidate, "tests": tests}).encode())
+        program.seek(0)
+        read_end, write_end = os.pipe()
+        complaints = stack.enter_context(os.fdopen(read_end, "rb"))
+        complains = stack.enter_context(os.fdopen(write_end, "wb"))
+
+        def start(role: str, pipes: list[int], stdin: int | IO[bytes]) -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(
+                _command(name, role, limits, pipes),
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=complains,
+                pass_fds=[end for end in pipes if end > 2],
+                env=_environment(scratch if name == "unsafe" else SCRATCH),
+                cwd=scratch if name == "unsafe" else "/",
+                start_new_session=True,
+            )
+            stack.callback(_kill, process)
+            return process
+
         try:
-            for role, ends in sides.items():
-                started.append(
-                    subprocess.Popen(
-                        _command(name, role, limits, ours.fileno()),
-                        stderr=subprocess.STDOUT,
-                        env=_environment(scratch if name == "unsafe" else SCRATCH),
-                        cwd=scratch if name == "unsafe" else "/",
-                        start_new_session=True,
-                        **ends,
-                    )
-                )
-            ours.close()
-            theirs.close()
-            program = json.dumps({"candidate": candidate, "tests": tests}).encode()
-            verdict = _communicate(started[1], program, limits.seconds + STARTUP_SECONDS)
+            theirs = start("candidate", [0, 1], subprocess.PIPE)
+            ends = [end for end in (theirs.stdout, theirs.stdin) if end is not None]
+            ours = start("tests", [end.fileno() for end in ends], program)
         except OSError as error:
             raise SandboxUnavailableError(f"The sandbox ({name}) did not start: {error}.") from error
-        finally:
-            for process in started:
-                _kill(process)
-        return _outcome(name, verdict, output)
+        for end in (*ends, complains):
+            end.close()
+        received = bytearray()
+        _receive(ours, received, 1, STARTUP_SECONDS)
+        if received.startswith(b"ready\n"):
+            in_time = _receive(ours, received, 2, limits.seconds)
+            return _outcome(bytes(received)) if in_time else Outcome(False, "timeout", f"after {limits.seconds:g} s")
+        _kill(theirs)
+        _kill(ours)
+        # No line of the candidate has been executed.
+        said = complaints.read(VERDICT_BYTES).decode(errors="replace").strip() or "it said nothing"
+        raise SandboxUnavailableError(f"The sandbox ({name}) did not start: {said.splitlines()[-1]}")
 
 
-def _communicate(process: subprocess.Popen[bytes], program: bytes, seconds: float) -> str:
-    try:
-        verdict, _ = process.communicate(program, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        _kill(process)
-        verdict, _ = process.communicate()
-    return verdict.decode(errors="replace")
+def _receive(process: subprocess.Popen[bytes], received: bytearray, lines: int, seconds: float) -> bool:
+    """Reads on until there are so many lines, or no more to come; `False` if that takes more than `seconds`.
+
+    This is the limit on time: nothing inside a sandbox has a say in it.
+    """
+    assert process.stdout is not None
+    deadline = time.monotonic() + seconds
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while received.count(b"\n") < lines and len(received) < VERDICT_BYTES:
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                return False
+            part = os.read(process.stdout.fileno(), VERDICT_BYTES)
+            if not part:
+                break
+            received += part
+    return True
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -259,18 +293,23 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     if process.returncode is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
-def _outcome(name: Backend, verdict: str, output: IO[bytes]) -> Outcome:
-    ready, *line = verdict.splitlines()[:2] or [""]
-    if ready != "ready":  # then no line of the candidate has been executed
-        output.seek(0)
-        said = (verdict or output.read().decode(errors="replace")).strip() or "it said nothing"
-        raise SandboxUnavailableError(f"The sandbox ({name}) did not start: {said.splitlines()[-1]}")
-    if not line:
-        return Outcome(False, "exited", "the tests' process ran out of time or memory without a verdict")
-    status, detail = json.loads(line[0])
-    return Outcome(status == "passed", status, detail[:DETAIL_CHARACTERS])
+def _outcome(received: bytes) -> Outcome:
+    """What the tests' process says after `ready`. Whatever it says, the other candidates go on."""
+    verdict = received.removeprefix(b"ready\n")
+    if not verdict:
+        return Outcome(False, "exited", "the tests' process ended without a verdict")
+    try:
+        status, detail = json.loads(verdict)
+        if status not in get_args(Status) or not isinstance(detail, str):
+            raise ValueError(status)
+    except (ValueError, TypeError, RecursionError):
+        return Outcome(False, "failed", f"the tests' process gave no verdict, but {verdict[:100]!r}")
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in detail)
+    return Outcome(status == "passed", status, shown[:DETAIL_CHARACTERS])
 
 
 def _environment(scratch: str) -> dict[str, str]:
@@ -279,18 +318,16 @@ def _environment(scratch: str) -> dict[str, str]:
     return {"HOME": scratch, "LC_ALL": "C.UTF-8", "PATH": "/usr/bin:/bin", "TMPDIR": scratch, **single}
 
 
-# ---- the sandboxes --------------------------------------------------------------------------------------------------
+# ---- the sandbox ----------------------------------------------------------------------------------------------------
 
 
-def _command(name: Backend, role: str, limits: Limits, descriptor: int) -> list[str]:
+def _command(name: Backend, role: str, limits: Limits, pipes: list[int]) -> list[str]:
     """The command of one side."""
-    mounts = _mounts()
-    root = os.geteuid() == 0
+    user = _unused_user() if name == "bubblewrap" else None
     request: dict[str, Any] = {
         "role": role,
-        "socket": descriptor,
-        "seconds": limits.seconds,
-        "scratch_bytes": limits.scratch_bytes,
+        "pipes": pipes,
+        "detail_characters": DETAIL_CHARACTERS,
         "limits": {
             "cpu_seconds": math.ceil(limits.seconds) + 1,
             "memory_bytes": limits.memory_bytes,
@@ -298,31 +335,48 @@ def _command(name: Backend, role: str, limits: Limits, descriptor: int) -> list[
             "open_files": limits.open_files,
             "output_bytes": limits.output_bytes,
         },
-        "mounts": mounts if name == "namespaces" else None,
-        "jail": name == "namespaces" or (name == "bubblewrap" and root),
-        "isolated": name != "unsafe",
+        "isolated": name == "bubblewrap",
     }
+    if name == "bubblewrap":
+        request |= {
+            "scratch_bytes": limits.scratch_bytes,
+            "scratch_files": limits.scratch_files,
+            "user": user,
+            "keyctl": sandbox_seccomp.number("keyctl"),
+            "bpf": base64.b64encode(sandbox_seccomp.bpf()).decode(),
+        }
     python = [sys.executable, "-I", "-X", "utf8", str(RUNNER), json.dumps(request)]
-    if name != "bubblewrap":
+    if name == "unsafe":
         return python
     bwrap = shutil.which("bwrap") or "bwrap"
-    return [bwrap, *_bubblewrap(mounts | {str(RUNNER): str(RUNNER)}, limits.scratch_bytes, root), *python]
+    return [bwrap, *_bubblewrap(_mounts() | {str(RUNNER): str(RUNNER)}, user), *python]
 
 
-def _bubblewrap(mounts: dict[str, str], scratch_bytes: int, root: bool) -> list[str]:
-    """The arguments of bwrap. The limit on processes does not bind root, so that has to become nobody, by itself."""
+def _unused_user() -> int | None:
+    """The user to become for root, whom the limit on processes does not bind; `None` for users of other ids.
+
+    A user of its own for each sandbox shares no such limit and no keyring with anybody. Root of a container that maps
+    its users is not root to the kernel.
+    """
+    if os.geteuid() or Path("/proc/self/uid_map").read_text().split() != ["0", "0", str(2**32 - 1)]:
+        return None
+    return secrets.choice(UNUSED_USERS)
+
+
+def _bubblewrap(mounts: dict[str, str], user: int | None) -> list[str]:
+    """The arguments of bwrap. The runner needs the capabilities to mount scratch and to become `user`."""
     arguments = ["--die-with-parent", "--new-session", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
-    arguments += ["--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox", "--cap-drop", "ALL"]
-    if root:
-        for capability in ("CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SETUID", "CAP_SETGID"):
-            arguments += ["--cap-add", capability]
+    arguments += ["--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox"]
+    arguments += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
+    if user is None:
+        arguments += ["--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY)]
     else:
-        arguments += ["--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534"]
-    for parent in sorted({str(path) for target in mounts for path in Path(target).parents} - {"/"}) + [JAIL]:
-        arguments += ["--dir", parent]  # by itself it makes them for root alone
+        arguments += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    parents = {str(path) for target in mounts for path in Path(target).parents}
+    for path in sorted(parents - {"/"}) + [SCRATCH]:
+        arguments += ["--dir", path]  # by itself it makes them for root alone
     for target, source in mounts.items():
         arguments += ["--dev-bind" if target in DEVICES else "--ro-bind", source, target]
-    arguments += ["--perms", "0777", "--size", str(scratch_bytes), "--tmpfs", SCRATCH]
     return [*arguments, "--remount-ro", "/", "--chdir", SCRATCH, "--"]
 
 
@@ -338,18 +392,16 @@ def _mounts() -> dict[str, str]:
     return mounts
 
 
-SANDBOXES: tuple[Backend, ...] = ("bubblewrap", "namespaces")
-
-
 @functools.cache
 def _unavailable(name: Backend) -> str | None:
     """Why a sandbox does not work here, found out by a trial; `None` if it does."""
     if sys.platform != "linux":
-        return "needs Linux"
-    if name == "bubblewrap" and shutil.which("bwrap") is None:
-        return "not installed"
+        return "this is not Linux"
+    if shutil.which("bwrap") is None:
+        return "bubblewrap is not installed"
     try:
+        sandbox_seccomp.bpf()
         outcome = _run(name, "def one():\n    return 1", "assert one() == 1", Limits())
-    except SandboxUnavailableError as error:
+    except (ImportError, RuntimeError, SandboxUnavailableError) as error:
         return str(error)
     return None if outcome.passed else f"a trial ended with {outcome.status}: {outcome.detail}"

@@ -1,41 +1,40 @@
-"""What runs inside a sandbox: the candidate in one, its tests in another, with nothing between them but a socket.
+"""What runs inside a sandbox: the candidate in one, its tests in another, with nothing between them but two pipes.
 
 A program of its own (`python -I sandbox_runner.py REQUEST`) that imports nothing but the standard library. The side of
 the tests never executes a line of the candidate: where they name something of the candidate's, they get a stand-in
-whose calls travel to the other side as JSON, arguments and results both as data. So whatever a candidate does to its
-own interpreter, it cannot reach the tests, read what they expect, or say that they have passed.
+whose calls travel to the other side as JSON, arguments and results both as data. What comes back is read by a closed
+grammar (`decode`, `read_reply`) in which nothing names code, a module or an attribute. So whatever a candidate does to
+its own interpreter, it cannot reach the tests, read what they expect, or say that they have passed.
 """
 
 from __future__ import annotations
 
+import ast
+import base64
 import builtins
 import importlib
 import json
 import operator
 import os
+import reprlib
 import resource
-import signal
-import socket
 import symtable
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from types import FrameType, ModuleType
+from decimal import Decimal
+from fractions import Fraction
+from types import ModuleType
 from typing import Any, NoReturn
 
-NOBODY = 65534
 SCRATCH = "/scratch"
-JAIL = "/jail"
-NEW_NAMESPACES = 0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000 | 0x4000000 | 0x2000000
-"""User, mount, pid, network, IPC, host name and control group (`CLONE_NEW*` of sched.h)."""
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000
-MNT_DETACH = 2
-SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 442, -100, 0x8000, 0x1, 0x2
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x2, 0x4, 0x8
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+KEYCTL_JOIN_SESSION_KEYRING = 1
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 
-# ---- isolation ------------------------------------------------------------------------------------------------------
+# ---- isolation, as far as bubblewrap leaves it to us ----------------------------------------------------------------
 
 
 def libc(function: str, *arguments: Any) -> None:
@@ -45,95 +44,44 @@ def libc(function: str, *arguments: Any) -> None:
     longs = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
     if getattr(ctypes.CDLL(None, use_errno=True), function)(*longs) < 0:
         number = ctypes.get_errno()
-        shown = ", ".join(value.decode() if isinstance(value, bytes) else str(value) for value in arguments)
-        raise OSError(number, f"{function}({shown}): {os.strerror(number)}")
+        raise OSError(number, f"{function}: {os.strerror(number)}")
 
 
-def isolate(mounts: dict[str, str], scratch_bytes: int) -> None:
-    """Returns in a process that is alone: in namespaces of its own, and in a root that holds only `mounts`, read-only.
-
-    The processes that it leaves behind, pid 1 of the namespace and its parent, wait for it, and all of the namespace
-    dies with either of them.
-    """
-    libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
-    enter_namespaces()
-    exit_with(os.fork())
-    libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    libc("sethostname", b"sandbox", 7)
-    change_root(mounts, scratch_bytes)
-    exit_with(os.fork())
-
-
-def exit_with(child: int) -> None:
-    """In the parent, waits for the child and ends as it does; in the child, returns."""
-    if child:
-        _, status = os.waitpid(child, 0)
-        os._exit(abs(os.waitstatus_to_exitcode(status)))
-
-
-def enter_namespaces() -> None:
-    # Only a process outside may map more than itself. Root maps nobody too, whom the limit on processes binds.
-    user, group, pid = os.getuid(), os.getgid(), os.getpid()
-    ready, unshared = os.pipe()
-    helper = os.fork()
-    if not helper:
-        os.close(unshared)
-        if os.read(ready, 1):
-            with open(f"/proc/{pid}/setgroups", "w") as file:
-                file.write("allow" if user == 0 else "deny")
-            for name, number in (("uid_map", user), ("gid_map", group)):
-                with open(f"/proc/{pid}/{name}", "w") as file:
-                    file.write(f"0 0 1\n{NOBODY} {NOBODY} 1" if user == 0 else f"{NOBODY} {number} 1")
-        os._exit(0)
-    libc("unshare", NEW_NAMESPACES)
-    os.write(unshared, b".")
-    _, status = os.waitpid(helper, 0)
-    os.close(ready)
-    os.close(unshared)
-    if status:
-        raise OSError("the user namespace could not be given its users")
-
-
-def change_root(mounts: dict[str, str], scratch_bytes: int) -> None:
+def give_up_privileges(scratch_bytes: int, scratch_files: int, user: int | None) -> None:
+    """Mounts scratch, which bubblewrap cannot give a limit on files, then drops what that needed."""
     import ctypes
 
-    libc("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
-    libc("mount", b"tmpfs", b"/proc", b"tmpfs", MS_NOSUID | MS_NODEV, b"size=1m")
-    os.mkdir("/proc/old")
-    libc("pivot_root", b"/proc", b"/proc/old")
-    os.chdir("/")
-    for target, source in mounts.items():
-        if os.path.isdir(f"/old{source}"):
-            os.makedirs(JAIL + target, exist_ok=True)
-        else:
-            os.makedirs(os.path.dirname(JAIL + target), exist_ok=True)
-            os.close(os.open(JAIL + target, os.O_CREAT))
-        libc("mount", f"/old{source}".encode(), (JAIL + target).encode(), None, MS_BIND | MS_REC, None)
-    os.mkdir(JAIL + SCRATCH)
-    libc("umount2", b"/old", MNT_DETACH)
-    read_only = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
-    libc("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, read_only, ctypes.sizeof(read_only))
-    size = f"size={scratch_bytes},nr_inodes=4096,mode=777".encode()
-    libc("mount", b"tmpfs", (JAIL + SCRATCH).encode(), b"tmpfs", MS_NOSUID | MS_NODEV, size)
-
-
-def give_up_privileges() -> None:
-    """Into the jail, then nobody, without capabilities and without a way to get any.
-
-    A process that was `chroot`ed cannot make a user namespace, in which it would have capabilities again.
-    """
-    import ctypes
-
-    os.chroot(JAIL)
+    options = f"size={scratch_bytes},nr_inodes={scratch_files},mode=777".encode()
+    libc("mount", b"tmpfs", SCRATCH.encode(), b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
     os.chdir(SCRATCH)
-    if os.getuid() == 0:
+    if user is not None:
         os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
     libc("capset", (ctypes.c_uint32 * 2)(LINUX_CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)())
-    libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def leave_session_keyring(keyctl: int) -> None:
+    """Joins a new session keyring. Where the machine's own filter forbids even that, no keyring can be read either."""
+    import errno
+
+    try:
+        libc("syscall", keyctl, KEYCTL_JOIN_SESSION_KEYRING, None)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+
+
+def filter_system_calls(bpf: bytes) -> None:
+    """From here on, this process and all it starts make no system calls but those of `sandbox_seccomp.py`."""
+    import ctypes
+
+    class Program(ctypes.Structure):
+        """`struct sock_fprog` of linux/filter.h; an instruction has eight bytes."""
+
+        _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+    libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(Program(len(bpf) // 8, bpf)), 0, 0)
 
 
 def limit_resources(limits: dict[str, int], isolated: bool) -> None:
@@ -143,9 +91,11 @@ def limit_resources(limits: dict[str, int], isolated: bool) -> None:
         resource.RLIMIT_FSIZE: limits["output_bytes"],
         resource.RLIMIT_NOFILE: limits["open_files"],
         resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
     }
     if sys.platform == "linux":
         limited |= {resource.RLIMIT_AS: limits["memory_bytes"], resource.RLIMIT_MSGQUEUE: 0}
+        limited[resource.RLIMIT_SIGPENDING] = limits["open_files"]  # bounds timers too
     if isolated:  # elsewhere all processes of the user count
         limited[resource.RLIMIT_NPROC] = limits["processes"]
     for kind, most in limited.items():
@@ -154,74 +104,151 @@ def limit_resources(limits: dict[str, int], isolated: bool) -> None:
 
 # ---- what passes between the two sides ------------------------------------------------------------------------------
 
+MOST_DEPTH = 200
+MOST_HEX_DIGITS = 2**15
+MOST_DECIMAL_DIGITS = 2**12
+MOST_PLAIN = 2**63
+"""Larger integers are written in hexadecimal, which is read in linear time."""
+
 COLLECTIONS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
-SCALARS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "bytes": (bytes, bytes.hex, bytes.fromhex),
-    "bytearray": (bytearray, bytearray.hex, bytearray.fromhex),
-    "complex": (complex, complex.__repr__, complex),
-    "range": (range, lambda value: [value.start, value.stop, value.step], lambda parts: range(*parts)),
-}
-TEXTS = {"Decimal": "decimal", "Fraction": "fractions"}
+BYTES: dict[str, Any] = {"bytes": bytes, "bytearray": bytearray}
+NOT_MADE_OF_ONE = (UnicodeError, ExceptionGroup)
+EXCEPTIONS: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in vars(builtins).values()
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, NOT_MADE_OF_ONE)
+} | {"UnicodeError": UnicodeError}
+"""What an answer can raise: these classes are made of one piece of data, and do nothing else."""
+
+
+class ProtocolError(Exception):
+    """A message that the grammar does not have."""
 
 
 def encode(value: Any, refer: Callable[[Any], int]) -> Any:
     """As JSON: data by value (a subclass as what it derives from), all else by the number that `refer` gives."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, (bool, float, str)):
         return value
+    if isinstance(value, int):
+        number = int.__index__(value)
+        return number if -MOST_PLAIN < number < MOST_PLAIN else ["int", f"{number:x}"]
     for name, kind in COLLECTIONS.items():
         if isinstance(value, kind):
             return [name, [encode(item, refer) for item in kind.__iter__(value)]]
     if isinstance(value, dict):
         return ["dict", [[encode(key, refer), encode(item, refer)] for key, item in dict.items(value)]]
-    for name, (kind, dump, _) in SCALARS.items():
+    for name, kind in BYTES.items():
         if isinstance(value, kind):
-            return [name, dump(value)]
-    name = type(value).__name__
-    if TEXTS.get(name) == type(value).__module__:
-        return [name, str(value)]
-    if isinstance(value, ModuleType) and value.__name__.partition(".")[0] in sys.stdlib_module_names:
-        return ["module", value.__name__]
+            return [name, kind.hex(value)]
+    if isinstance(value, complex):
+        return ["complex", [value.real, value.imag]]
+    if isinstance(value, range):
+        return ["range", [encode(part, refer) for part in (value.start, value.stop, value.step)]]
+    if isinstance(value, Fraction):
+        return ["Fraction", [encode(part, refer) for part in (value.numerator, value.denominator)]]
+    if isinstance(value, Decimal):
+        return ["Decimal", Decimal.__str__(value)]
     if "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].generic):
         return encode(value.item(), refer)
     return ["object", refer(value)]
 
 
-def decode(wire: Any, resolve: Callable[[int], Any]) -> Any:
-    """The inverse of `encode`. Any exception means that this is nothing it has written."""
-    if not isinstance(wire, list):
+def decode(wire: Any, resolve: Callable[[int], Any], depth: int = 0) -> Any:
+    """The inverse of `encode`: makes nothing but data of the types above and what `resolve` gives for a number.
+
+    Raises:
+        ProtocolError: `encode` does not write this, or it is larger than the grammar allows.
+    """
+    if wire is None or isinstance(wire, (bool, int, float, str)):
         return wire
-    name, content = wire
-    if name in COLLECTIONS:
-        return COLLECTIONS[name](decode(item, resolve) for item in content)
-    if name == "dict":
-        return {decode(key, resolve): decode(item, resolve) for key, item in content}
-    if name in SCALARS:
-        return SCALARS[name][2](content)
-    if name in TEXTS:
-        return getattr(importlib.import_module(TEXTS[name]), name)(content)
-    if name == "module" and content.partition(".")[0] in sys.stdlib_module_names:
-        return importlib.import_module(content)
-    if name == "object":
-        return resolve(content)
-    raise ValueError(name)
+    if depth == MOST_DEPTH:
+        raise ProtocolError(f"data nested more than {MOST_DEPTH} deep")
+    match wire:
+        case [str(name), list(items)] if name in COLLECTIONS:
+            return _made(COLLECTIONS[name], [decode(item, resolve, depth + 1) for item in items])
+        case ["dict", list(pairs)]:
+            return _made(dict, [_parts(pair, object, 2, resolve, depth) for pair in pairs])
+        case ["int", str(digits)] if len(digits) <= MOST_HEX_DIGITS:
+            return _made(lambda text: int(text, 16), digits)
+        case [str(name), str(digits)] if name in BYTES:
+            return _made(BYTES[name].fromhex, digits)
+        case ["complex", parts]:
+            return complex(*_parts(parts, float, 2, resolve, depth))
+        case ["range", parts]:
+            return _made(lambda ends: range(*ends), _parts(parts, int, 3, resolve, depth))
+        case ["Fraction", parts]:
+            return _made(lambda ratio: Fraction(*ratio), _parts(parts, int, 2, resolve, depth))
+        case ["Decimal", str(text)] if len(text) <= MOST_DECIMAL_DIGITS:
+            number = _made(Decimal, text)
+            if not number.is_finite() or abs(number.adjusted()) <= MOST_DECIMAL_DIGITS:
+                return number
+        case ["object", int(number)] if not isinstance(number, bool) and number >= 0:
+            return resolve(number)
+    raise ProtocolError(f"no data, or too large: {reprlib.repr(wire)}")
+
+
+def _parts(wire: Any, kind: type, count: int, resolve: Callable[[int], Any], depth: int) -> list[Any]:
+    parts = [decode(part, resolve, depth + 1) for part in wire] if isinstance(wire, list) else []
+    if len(parts) != count or not all(isinstance(part, kind) for part in parts):
+        raise ProtocolError(f"not {count} of {kind.__name__}: {reprlib.repr(wire)}")
+    return parts
+
+
+def _made(kind: Callable[[Any], Any], content: Any) -> Any:
+    try:
+        return kind(content)
+    except (ArithmeticError, TypeError, ValueError) as error:  # such as a list in a set
+        raise ProtocolError(f"{type(error).__name__}: {error}") from error
+
+
+def read_reply(line: bytes, number: int, resolve: Callable[[int], Any]) -> tuple[str, Any]:
+    """What the candidate's process answers to the request of that number.
+
+    Returns:
+        `tuple[str, Any]`: `"value"` and data, `"raised"` and an exception, or `"exited"` and why.
+
+    Raises:
+        ProtocolError: it is anything else.
+    """
+    try:
+        reply = json.loads(line.decode("ascii"))
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"{type(error).__name__}: {error}"[:200]) from None
+    match reply:
+        case [int(answered), _, _] if answered != number or isinstance(answered, bool):
+            raise ProtocolError("an answer to another call")
+        case [int(), "value", wire]:
+            return "value", decode(wire, resolve)
+        case [int(), "raised", [str(kind), wire]] if kind in EXCEPTIONS:
+            return "raised", EXCEPTIONS[kind](decode(wire, resolve))
+        case [int(), "exited", str(why)]:
+            return "exited", why
+    raise ProtocolError(f"no answer: {reprlib.repr(reply)}")
 
 
 class Channel:
-    """Lines of JSON over a socket."""
+    """Lines of JSON over two pipes."""
 
-    def __init__(self, descriptor: int, longest: int) -> None:
-        self.socket = socket.socket(fileno=descriptor)
-        self.lines = self.socket.makefile("rb")
+    def __init__(self, incoming: int, outgoing: int, longest: int) -> None:
+        self.incoming = os.fdopen(incoming, "rb")
+        self.outgoing = os.fdopen(outgoing, "wb")
         self.longest = longest
 
-    def send(self, message: dict[str, Any]) -> None:
-        self.socket.sendall(json.dumps(message).encode() + b"\n")
+    def send(self, message: Any) -> None:
+        self.outgoing.write(json.dumps(message).encode() + b"\n")
+        self.outgoing.flush()
 
-    def receive(self) -> dict[str, Any]:
-        line = self.lines.readline(self.longest)
+    def receive(self) -> bytes:
+        """The next line.
+
+        Raises:
+            EOFError: there is none.
+            ProtocolError: it is too long.
+        """
+        line = self.incoming.readline(self.longest)
         if not line.endswith(b"\n"):
-            raise ValueError(f"an answer of more than {self.longest} bytes") if line else EOFError
-        return json.loads(line)
+            raise ProtocolError(f"an answer of more than {self.longest} bytes") if line else EOFError
+        return line
 
 
 # ---- the candidate's side -------------------------------------------------------------------------------------------
@@ -238,16 +265,12 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "repr": repr,
 }
 
-NOT_MADE_OF_A_MESSAGE = {
-    *("UnicodeDecodeError", "UnicodeEncodeError", "UnicodeTranslateError", "BaseExceptionGroup", "ExceptionGroup")
-}
-
 
 def serve(channel: Channel) -> None:
     """Executes the candidate, then the calls that the tests make."""
-    channel.send({"ready": True})
-    load = channel.receive()
-    names: dict[str, Any] = {}
+    channel.send("ready")
+    module = ModuleType("candidate")  # named, for classes say where they were made, and libraries look there
+    sys.modules[module.__name__] = module
     objects: list[Any] = []
 
     def refer(value: Any) -> int:
@@ -256,21 +279,39 @@ def serve(channel: Channel) -> None:
 
     def perform(request: dict[str, Any]) -> Any:
         if "source" in request:
-            exec(compile(request["source"], "<candidate>", "exec", dont_inherit=True), names)
-            return {name: names[name] for name in request["names"] if name in names}
+            exec(compile(request["source"], "<candidate>", "exec", dont_inherit=True), vars(module))
+            return {name: vars(module)[name] for name in request["names"] if name in vars(module)}
         operation, arguments, keywords = decode(request["do"], objects.__getitem__)
         return OPERATIONS[operation](*arguments, **keywords)
 
-    request = load
     while True:
         try:
-            reply = {"value": encode(perform(request), refer)}
+            request = json.loads(channel.receive())
+        except EOFError:
+            return
+        try:
+            reply: list[Any] = ["value", encode(perform(request), refer)]
+        except Exception as error:
+            kind = next(base.__name__ for base in type(error).__mro__ if base in EXCEPTIONS.values())
+            reply = ["raised", [kind, encode(argument(error), refer)]]
         except BaseException as error:
-            bases = (base.__name__ for base in type(error).__mro__ if base.__module__ == "builtins")
-            kind = next(base for base in bases if base not in NOT_MADE_OF_A_MESSAGE)
-            reply = {"raised": kind, "message": f"{error}"[:1000]}
-        channel.send({"id": request["id"], **reply})
-        request = channel.receive()
+            reply = ["exited", f"{type(error).__name__}: {shown(error)}"]
+        channel.send([request["id"], *reply])
+
+
+def argument(error: Exception) -> Any:
+    """What to make an exception of that shows the same: its only argument, or what it says instead."""
+    text = shown(error)
+    if len(error.args) == 1 and text in (shown(Exception(*error.args)), shown(KeyError(*error.args))):
+        return error.args[0]
+    return text
+
+
+def shown(error: BaseException) -> str:
+    try:
+        return f"{error}"
+    except BaseException as another:  # an integer of too many digits, or `__str__` of the candidate's own
+        return f"cannot be shown: {type(another).__name__}"
 
 
 # ---- the tests' side ------------------------------------------------------------------------------------------------
@@ -299,20 +340,29 @@ class Candidate:
         self.asked += 1
         try:
             self.channel.send({"id": self.asked, **request})
-            reply = self.channel.receive()
-            if reply["id"] != self.asked:
-                raise ValueError("an answer to another call")
-            if "value" in reply:
-                return decode(reply["value"], lambda number: Remote(self, number))
-            kind, message = getattr(builtins, reply["raised"]), str(reply["message"])
-            raised = kind(message)
+            kind, content = read_reply(self.channel.receive(), self.asked, lambda number: Remote(self, number))
         except (EOFError, OSError):
             self.stop("exited", "the candidate's process ended before its tests did")
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            self.stop("failed", f"the candidate's process did not speak the protocol: {error!r}")
-        if not isinstance(raised, Exception):
-            self.stop("exited", f"{kind.__name__}: {message}")
-        raise raised
+        except ProtocolError as error:
+            self.stop("failed", f"the candidate's process did not speak the protocol: {error}")
+        if kind == "exited":
+            self.stop("exited", content)
+        if kind == "raised":
+            raise content
+        return content
+
+    def load(self, source: str, names: set[str]) -> dict[str, Any]:
+        """Has the candidate executed.
+
+        Returns:
+            `dict[str, Any]`: what it defines of `names`.
+        """
+        defined = self.exchange({"source": source, "names": sorted(names)})
+        if not isinstance(defined, dict) or not defined.keys() <= names:
+            self.stop("failed", "the candidate's process answered with names that the tests did not ask for")
+        if len(defined.keys() & vars(builtins).keys()) > 1:
+            self.stop("failed", f"the candidate redefines several builtins: {', '.join(sorted(defined))}")
+        return defined
 
     def ask(self, operation: str, *arguments: Any, **keywords: Any) -> Any:
         def refer(value: Any) -> int:
@@ -337,6 +387,10 @@ class Remote:
         return self._candidate.ask("call", self, *arguments, **keywords)
 
     def __getattr__(self, name: str) -> Any:
+        if (
+            name.startswith("__") and name != "__name__"
+        ):  # protocols: NumPy reads memory where `__array_interface__` says
+            raise AttributeError(f"the tests do not ask the candidate for {name}")
         return self._candidate.ask("getattr", self, name)
 
     def __getitem__(self, key: Any) -> Any:
@@ -381,63 +435,77 @@ def names_taken(tests: str) -> set[str]:
         if symbol.is_referenced() and (symbol.is_global() or table is module)
     }
     used -= {symbol.get_name() for symbol in module.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-    return used - set(dir(builtins)) or used
+    used = {name for name in used if not name.startswith("__")}
+    return used - vars(builtins).keys() or used
 
 
-def judge(channel: Channel, source: str, tests: str, seconds: float) -> tuple[str, str]:
+def modules_meant(tests: str, names: set[str]) -> dict[str, ModuleType]:
+    """Which of the names mean a module of the standard library, as `math` does in `math.isclose(f(2), 4)`.
+
+    The tests get their own, since they would believe whatever the candidate's `math.isclose` answers.
+    """
+    nodes = list(ast.walk(ast.parse(tests)))
+    looked_into = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    modules = {}
+    for name in names & sys.stdlib_module_names:
+        uses = [node for node in nodes if isinstance(node, ast.Name) and node.id == name]
+        attributes = [node.attr for node in looked_into if node.value in uses]
+        if len(attributes) == len(uses):
+            module = importlib.import_module(name)
+            if all(hasattr(module, attribute) for attribute in attributes):
+                modules[name] = module
+    return modules
+
+
+def judge(channel: Channel, candidate: str, tests: str) -> tuple[str, str]:
     """Has the candidate executed, then the tests.
 
     Returns:
         `tuple[str, str]`: the status and detail of an `Outcome`.
     """
-    candidate = Candidate(channel)
-
-    def out_of_time(number: int, frame: FrameType | None) -> None:
-        candidate.stop("timeout", f"not done after {seconds:g} s")
-
-    signal.signal(signal.SIGALRM, out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and again, should the tests swallow it
+    other = Candidate(channel)
     try:
-        names = candidate.exchange({"source": source, "names": sorted(names_taken(tests))})
-        exec(compile(tests, "<tests>", "exec", dont_inherit=True), names)
+        names = names_taken(tests)
+        defined = other.load(candidate, names)
+        modules = modules_meant(tests, set(defined))
+        exec(compile(tests, "<tests>", "exec", dont_inherit=True), {"__name__": "tests", **defined, **modules})
         verdict = ("passed", "")
     except Stop:
         verdict = ("exited", "")
     except MemoryError as error:
-        verdict = ("memory", f"MemoryError: {error}")
+        verdict = ("memory", f"MemoryError: {shown(error)}")
     except BaseException as error:
-        verdict = ("failed", f"{type(error).__name__}: {error}")
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    return candidate.verdict or verdict
+        verdict = ("failed", f"{type(error).__name__}: {shown(error)}")
+    return other.verdict or verdict
 
 
 def main(request: dict[str, Any]) -> None:
-    if request["mounts"] is not None:
-        isolate(request["mounts"], request["scratch_bytes"])
-    elif request["jail"]:
-        libc("mount", b"/", JAIL.encode(), None, MS_BIND | MS_REC, None)
-    if request["jail"]:
-        give_up_privileges()
+    if request["isolated"]:
+        leave_session_keyring(request["keyctl"])
+        give_up_privileges(request["scratch_bytes"], request["scratch_files"], request["user"])
     limit_resources(request["limits"], request["isolated"])
-    sys.set_int_max_str_digits(0)
+    if request["isolated"]:
+        filter_system_calls(base64.b64decode(request["bpf"]))
+    own_input, own_output, incoming, outgoing = (os.dup(end) for end in (0, 1, *request["pipes"]))
     nothing = os.open(os.devnull, os.O_RDWR)
+    for end in {0, 1, 2, *request["pipes"]}:
+        os.close(end)
+    for end in (0, 1, 2):
+        os.dup2(nothing, end)
     if request["role"] == "candidate":
-        channel = Channel(os.dup(0), sys.maxsize)
-        os.dup2(nothing, 0)
-        serve(channel)
-    else:
-        out = os.fdopen(os.dup(1), "w")
-        program = json.load(sys.stdin)
-        os.dup2(nothing, 1)
-        os.dup2(nothing, 2)
-        channel = Channel(request["socket"], request["limits"]["output_bytes"])
+        os.close(own_input)
+        os.close(own_output)
+        serve(Channel(incoming, outgoing, sys.maxsize))
+        return
+    channel = Channel(incoming, outgoing, request["limits"]["output_bytes"])
+    with os.fdopen(own_input) as program, os.fdopen(own_output, "w") as out:
         try:
             channel.receive()
-        except (EOFError, OSError):
+        except (EOFError, OSError):  # the candidate's sandbox did not start, and says so itself
             return
         print("ready", file=out, flush=True)
-        verdict = judge(channel, program["candidate"], program["tests"], request["seconds"])
-        print(json.dumps(verdict), file=out, flush=True)
+        status, detail = judge(channel, **json.load(program))
+        print(json.dumps([status, detail[: request["detail_characters"]]]), file=out, flush=True)
 
 
 if __name__ == "__main__":

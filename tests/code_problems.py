@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
+import pytest
+
+from attnres.eval.sandbox import SandboxUnavailableError, backend
+
+GOOD = "def f(x):\n    return 7 * x + 3\n"
+TESTS = """
+def check(candidate):
+    for x in (1, 20, 300):
+        assert candidate(x) == 7 * x + 3
+    assert len([candidate(x) for x in range(3)]) == 3
+
+check(f)
+"""
+
+
+def require_sandbox() -> None:
+    """Skips a test where there is no sandbox."""
+    try:
+        backend()
+    except SandboxUnavailableError as error:
+        pytest.skip(str(error))
+
 
 def _human_eval(number: int, signature: str, solution: str, broken: str, *asserts: str) -> dict[str, str]:
     test = "\n\nMETADATA = {'author': 'attnres'}\n\n\ndef check(candidate):\n"
