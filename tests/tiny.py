@@ -310,7 +310,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {**YARN, "rope_type": "longrope", "short_factor": [1.5] * 4, "long_factor": [2.5] * 4}
 
-SHARING = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+SHARING = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
 
 # What only some have, or what one of them needs in addition.
 OWN_VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
