@@ -305,7 +305,7 @@ for _argument, _entry in DEPTH_ARGUMENTS.items():
 
 
 @cache
-def config_class_of(backbone_config_class: type[PreTrainedConfig]) -> type[AttnResConfig]:
+def config_class_of(backbone_config_class: Any) -> type[AttnResConfig]:
     """The class of an AttnRes configuration over backbones of one class. It bears the name `AttnResConfig`, by which
     the Auto classes compare configurations with models, and which saving writes into `auto_map`."""
     namespace: dict[str, Any] = {

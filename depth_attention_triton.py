@@ -589,9 +589,7 @@ class PhaseOne(torch.autograd.Function):
     """Phase one; keeps the sources and the log-sum-exps, the backward recomputes the rest."""
 
     @staticmethod
-    def forward(
-        ctx: Any, queries: torch.Tensor, eps: float, *sources: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, queries: torch.Tensor, eps: float, *sources: torch.Tensor) -> tuple[torch.Tensor, ...]:
         values = [rows(source) for source in sources]
         output, log_sum_exp = launch_phase_one(queries, values, eps)
         ctx.eps, ctx.shape = eps, sources[0].shape
@@ -667,15 +665,13 @@ def check_device(tensor: torch.Tensor) -> None:
     """Raises [`AttnResError`] where the kernels cannot run."""
     if tensor.device.type != "cuda" and not IS_INTERPRETED:
         raise AttnResError(
-            f"The depth attention implementation 'triton' runs on CUDA devices, but the sources are on {tensor.device}. "
+            f"The depth attention implementation 'triton' runs on CUDA devices; the sources are on {tensor.device}. "
             "Move the model, or choose 'two_phase' or 'auto'. (For tests, Triton's interpreter runs the kernels on any "
             "device: set TRITON_INTERPRET=1 before anything imports triton.)"
         )
 
 
-def phase_one(
-    queries: torch.Tensor, sources: tuple[torch.Tensor, ...], eps: float
-) -> tuple[torch.Tensor, ...]:
+def phase_one(queries: torch.Tensor, sources: tuple[torch.Tensor, ...], eps: float) -> tuple[torch.Tensor, ...]:
     """Phase one (Algorithm 1): every read of a block over the finished sources, with gradients.
 
     Args:

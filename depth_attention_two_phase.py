@@ -152,7 +152,7 @@ def by_token(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def stack_buffer(tensors: Tensors, slices: list[slice]) -> torch.Tensor | None:
-    """Memory that [`stacked`] fills for each of several chunks. New memory for each would cost as much as filling it."""
+    """Memory that [`stacked`] fills for each of several chunks. New memory for each would cost as much as to fill it."""
     if len(slices) == 1:
         return None
     return upcast(tensors[0].new_empty(0)).new_empty(slices[0].stop, len(tensors), tensors[0].shape[-1])
@@ -290,7 +290,8 @@ class PhaseOne(torch.autograd.Function):
 
 # -- phase two ---------------------------------------------------------------------------------------------------------
 
-MERGED_TENSORS = 4  # a merge works on so many tensors of a chunk: the addend, the sum, the output of phase one, the result
+# So many tensors of a chunk are at work in a merge: the addend, the sum, the output of phase one, the result.
+MERGED_TENSORS = 4
 
 
 def phase_two_forward(

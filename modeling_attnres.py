@@ -64,6 +64,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
     config: AttnResConfig
     config_class = AttnResConfig
     _supports_attention_backend = True  # vLLM asks the classes of this file, before there is a backbone
+    supports_gradient_checkpointing = True  # re-wired layers can be recomputed, also those of CTRL and JetMoe
 
     backbone_class: type[PreTrainedModel] | None = None  # of the classes that `model_class_of` makes
     auto_class: Any = None  # the Auto class that knows the backbone's class
@@ -297,9 +298,7 @@ MODEL_CLASSES = (
 
 
 @cache
-def model_class_of(
-    kind: type[AttnResPreTrainedModel], backbone_class: type[PreTrainedModel], config_class: type[AttnResConfig]
-) -> Any:
+def model_class_of(kind: Any, backbone_class: Any, config_class: Any) -> Any:
     """The class of AttnRes models of one kind over one class of backbones. It keeps the name of its kind, which saving
     writes into `architectures` and `auto_map`; its qualified name tells it from others."""
 

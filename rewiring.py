@@ -199,18 +199,18 @@ def checkpoint_apart(checkpoint: Callable[..., Any], function: Callable[..., Any
 
 
 @cache
-def _rewired_class(mixin: type[nn.Module], module_class: type[nn.Module]) -> type[nn.Module]:
+def _rewired_class(mixin: Any, module_class: Any) -> type[nn.Module]:
     """The re-wired subclass of a class of the backbone. It is a subclass because the backbone looks for its layers by
     type, to record outputs and to initialise weights."""
     return type(module_class.__name__, (mixin, module_class), {"__module__": __name__})
 
 
-def _new_module(mixin: type[nn.Module], module_class: type[nn.Module]) -> nn.Module:
-    return object.__new__(_rewired_class(mixin, module_class))  # type: ignore[arg-type]
+def _new_module(mixin: Any, module_class: Any) -> nn.Module:
+    return object.__new__(_rewired_class(mixin, module_class))
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a backbone, of an AttnRes model or of a plain one, with a head or without."""
+def decoder_layers(model: PreTrainedModel) -> Any:
+    """The `ModuleList` of the decoder layers of a backbone, of an AttnRes model or of a plain one, with a head or without."""
     structure = supported_backbone(model.config.model_type)
     base_model = getattr(model, structure.base_model or model.base_model_prefix, model)
     return base_model.get_submodule(structure.layers)

@@ -110,7 +110,7 @@ def depth_names(config: AttnResConfig) -> DepthNames:
     """The names of the depth parameters of a causal language model on disk: those in its state dict, renamed as the
     library renames the tensors of its architecture when it saves them."""
     with torch.device("meta"):
-        model = AttnResForCausalLM(formats.unquantized(config))
+        model: Any = AttnResForCausalLM(formats.unquantized(config))  # type: ignore[arg-type]
     tensors = {name: tensor for name, tensor in model.state_dict().items() if DEPTH_MODULE in name.split(".")}
     return DepthNames(*sorted(revert_weight_conversion(model, tensors)))
 

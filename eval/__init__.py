@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .access import Access, check
-    from .benchmarks import BENCHMARKS, SUITES, Benchmark, EvaluationError, select
     from .comparison import Row
     from .evaluation import evaluate
     from .report import Missing, Report
+    from .suites import BENCHMARKS, SUITES, Benchmark, EvaluationError, select
     from .tasks import quiet
 
 _MODULE_OF = {
@@ -42,6 +42,6 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     except ModuleNotFoundError as error:
-        from .benchmarks import EvaluationError
+        from .suites import EvaluationError
 
         raise EvaluationError(f'{error}; evaluation needs further packages: pip install "attnres[eval]"') from error

@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 
 from ..configuration_attnres import AttnResError
-from .benchmarks import Benchmark
+from .suites import Benchmark
 from .tasks import load, task_manager
 
 # Data sets whose terms have to be accepted on their page. Offline, the Hub cannot say so.

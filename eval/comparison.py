@@ -9,7 +9,7 @@ from typing import Any
 
 from lm_eval.tasks.manager import TaskDict
 
-from .benchmarks import Benchmark
+from .suites import Benchmark
 
 Results = dict[str, Any]  # what `lm_eval.simple_evaluate` returns
 

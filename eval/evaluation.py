@@ -25,9 +25,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from .. import __version__
 from ..model_cards.card import CARD, update_card
 from .access import check
-from .benchmarks import EvaluationError, select
 from .comparison import compare
 from .report import Missing, Report
+from .suites import EvaluationError, select
 from .tasks import SEED, task_manager
 
 PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "accelerate", "math_verify", "sympy")

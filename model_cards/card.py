@@ -364,11 +364,11 @@ def _conversion(path: Path, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _configuration(depth: AttnResConfig, config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    settings = depth.depth_attention
-    kind = "Full AttnRes" if settings["block_size"] == 1 else "Block AttnRes"
+    settings, size = depth.depth_attention, depth.depth_attention["block_size"]
+    kind = "Full AttnRes" if size == 1 else "Block AttnRes"
     mixes = {"sum": "sum: a read is the weighted mean times the number of sources", "mean": "mean, as in the paper"}
     return [
-        ("Kind", f"{kind}: {depth.num_blocks} blocks of {settings['block_size']} sublayers, {depth.num_sublayers} in all"),
+        ("Kind", f"{kind}: {depth.num_blocks} blocks of {size} sublayers, {depth.num_sublayers} in all"),
         ("Reads", f"{depth.num_reads}, each with a pseudo-query and a key norm of {depth.hidden_size}"),
         ("Mix", mixes[settings["mix"]]),
         ("Epsilon of the key norm", f"{settings['key_norm_eps']:g}"),
@@ -381,7 +381,7 @@ def _count_trained_reads(directory: Path) -> int:
     """How many pseudo-queries are not zero, as every conversion leaves them."""
     shard = directory / SAFE_WEIGHTS_NAME
     if not shard.is_file():
-        weight_map = _read_json(directory / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
+        weight_map: Any = _read_json(directory / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
         queries = [name for name in weight_map if name.endswith(QUERY)] if isinstance(weight_map, dict) else []
         if len(queries) != 1 or not isinstance(weight_map[queries[0]], str):
             raise CardError(f"{directory / SAFE_WEIGHTS_INDEX_NAME} does not say where {QUERY!r} is.")

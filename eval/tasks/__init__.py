@@ -27,8 +27,8 @@ from lm_eval.tasks._index import Entry
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.manager import TaskDict
 
-from ..benchmarks import Benchmark, EvaluationError
 from ..sandbox import backend, pass_at_k_score
+from ..suites import Benchmark, EvaluationError
 
 HERE = Path(__file__).parent
 HARNESS = Path(lm_eval.tasks.__file__).parent
