@@ -160,7 +160,7 @@ class AttnResConfig(PreTrainedConfig):
             backbone_config, kwargs = cls.backbone_config_class(**kwargs), {}
         else:
             backbone_config = _resolve_backbone_config(kwargs.pop("backbone_config", None))
-        self = object.__new__(config_class_of(type(backbone_config)))
+        self = object.__new__(config_class_of(type(backbone_config)))  # type: ignore[arg-type]
         # The whole state of the given object. It holds more than fields do, such as the attention implementation.
         self.__dict__.update(copy.deepcopy(backbone_config.__dict__))
         try:
@@ -220,12 +220,12 @@ class AttnResConfig(PreTrainedConfig):
     def validate(self) -> None:
         """Checks the entries of `depth_attention`, then lets the backbone's configuration check its fields."""
         self.validate_depth_attention()
-        super().validate()
+        super().validate()  # type: ignore[misc]
 
     # -- in and out ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in [`PreTrainedConfig`]; `kwargs` may also hold arguments of this class. Takes the configuration of an
         AttnRes model, or that of another decoder, which becomes the backbone with `mix="sum"`."""
         config_dict, others = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
@@ -338,7 +338,7 @@ def for_each_config_class(observer: Callable[[type[AttnResConfig]], None]) -> No
 
 
 def _new_config(backbone_config_class: type[PreTrainedConfig]) -> AttnResConfig:
-    return object.__new__(config_class_of(backbone_config_class))
+    return object.__new__(config_class_of(backbone_config_class))  # type: ignore[arg-type]
 
 
 def _with_depth(backbone_config: PreTrainedConfig, entry: dict[str, Any], arguments: dict[str, Any]) -> AttnResConfig:

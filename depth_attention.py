@@ -51,7 +51,8 @@ class DepthAttention(nn.LayerNorm):
     the embedding alone, so its parameters have no effect and get no gradient.
 
     The parameters are float32 (or float64) whatever the dtype of the model is: `.half()`, `.bfloat16()` and
-    `.to(dtype)` move them to another device, but leave their digits alone. In bfloat16 a step of 1e-4 would not move a query.
+    `.to(dtype)` move them to another device, but leave their digits alone. In bfloat16 a step of 1e-4 would not move a
+    query.
 
     Args:
         num_reads (`int`): number of reads, one more than there are sublayers.

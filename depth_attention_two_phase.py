@@ -121,6 +121,7 @@ def with_cache(queries: torch.Tensor, state: DepthState, settings: DepthSettings
         cache = DepthCache(sources, known, cache.first_read, cache.outputs, cache.log_sum_exps)
         return DepthState(sources, partial_sum, addend, depth, cache)
     queries = queries[depth : depth + settings.reads_left(depth, len(queries))]
+    results: Sequence[torch.Tensor]
     if is_token or known is None:
         results = phase_one_of_token(queries, settings.key_norm_eps, sources)
     elif needs_grad(queries, *sources):
@@ -152,7 +153,7 @@ def by_token(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def stack_buffer(tensors: Tensors, slices: list[slice]) -> torch.Tensor | None:
-    """Memory that [`stacked`] fills for each of several chunks. New memory for each would cost as much as to fill it."""
+    """Memory that [`stacked`] fills for each of several chunks. New memory for each would cost as much as that."""
     if len(slices) == 1:
         return None
     return upcast(tensors[0].new_empty(0)).new_empty(slices[0].stop, len(tensors), tensors[0].shape[-1])

@@ -102,7 +102,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
                 f"{cls.__name__}: Transformers has no model for {cls.auto_class.__name__} of model_type "
                 f"{config.model_type!r}."
             )
-        return model_class_of(cls, backbone_class, type(config))
+        return model_class_of(cls, backbone_class, type(config))  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -118,7 +118,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
         """The backbone calls this at the end of its constructor. Here the base model becomes an AttnRes model."""
         base_model = _base_model(self)
         if not isinstance(base_model, AttnResModel):
-            base_model.__class__ = model_class_of(AttnResModel, type(base_model), type(self.config))
+            base_model.__class__ = model_class_of(AttnResModel, type(base_model), type(self.config))  # type: ignore[arg-type]
             base_model.post_init()
         super().post_init()
 
@@ -344,7 +344,7 @@ def _base_model(model: PreTrainedModel) -> Any:
 
 
 def _new_model(kind: Any, backbone_class: Any, config: AttnResConfig) -> PreTrainedModel:
-    return object.__new__(model_class_of(kind, backbone_class, type(config)))
+    return object.__new__(model_class_of(kind, backbone_class, type(config)))  # type: ignore[arg-type]
 
 
 def _keep_all_positions(self: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, ...]:

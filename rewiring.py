@@ -210,7 +210,7 @@ def _new_module(mixin: Any, module_class: Any) -> nn.Module:
 
 
 def decoder_layers(model: PreTrainedModel) -> Any:
-    """The `ModuleList` of the decoder layers of a backbone, of an AttnRes model or of a plain one, with a head or without."""
+    """The `ModuleList` of decoder layers of an AttnRes model or of a plain one, with a head or without."""
     structure = supported_backbone(model.config.model_type)
     base_model = getattr(model, structure.base_model or model.base_model_prefix, model)
     return base_model.get_submodule(structure.layers)
@@ -234,7 +234,7 @@ def rewire(base_model: PreTrainedModel, config: AttnResConfig) -> None:
     may_fuse = config.depth_attention["implementation"] != "eager" and not structure.replaces_stream
     for index, layer in enumerate(layers):
         layer_class = type(layer)
-        layer.__class__ = _rewired_class(AttnResDecoderLayer, layer_class)
+        layer.__class__ = _rewired_class(AttnResDecoderLayer, layer_class)  # type: ignore[arg-type]
         layer.depth_settings = settings
         layer.structure = structure
         layer.first_sublayer = index * sublayers

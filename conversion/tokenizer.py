@@ -105,8 +105,8 @@ def _write_class(name: str, path: Path) -> None:
 
 
 def _difference(original: Any, converted: Path) -> str | None:
-    """How the tokenizers of the result differ from the original, if they do: the one that `AutoTokenizer` gives, and the
-    one that it gives by the class alone, where `attnres` is unknown."""
+    """How the tokenizers of the result differ from the original, if they do: that which `AutoTokenizer` gives, and that
+    which it gives by the class alone, where `attnres` is unknown."""
     by_class = tokenizer_class_from_name(type(original).__name__)
     if by_class is None:
         return f"there is no class {type(original).__name__}"
