@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from .tasks import quiet
 
 _MODULE_OF = {
-    "BENCHMARKS": "benchmarks",
-    "SUITES": "benchmarks",
+    "BENCHMARKS": "suites",
+    "SUITES": "suites",
     "Access": "access",
-    "Benchmark": "benchmarks",
-    "EvaluationError": "benchmarks",
+    "Benchmark": "suites",
+    "EvaluationError": "suites",
     "Missing": "report",
     "Report": "report",
     "Row": "comparison",
     "check": "access",
     "evaluate": "evaluation",
     "quiet": "tasks",
-    "select": "benchmarks",
+    "select": "suites",
 }
 
 __all__ = ["BENCHMARKS", "SUITES", "Access", "Benchmark", "EvaluationError", "Missing", "Report", "Row", "check"]

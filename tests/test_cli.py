@@ -67,7 +67,7 @@ def test_convert(source: Path, tmp_path: Path, run: Callable[..., Result]) -> No
 
 def test_full(source: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
     assert run("convert", "source", "converted", "--full", "--verify", "none").returncode == 0
-    assert json.loads((tmp_path / "converted" / "config.json").read_text())["block_size"] == 1
+    assert json.loads((tmp_path / "converted" / "config.json").read_text())["depth_attention"]["block_size"] == 1
 
 
 def test_card_and_push(source: Path, tmp_path: Path, run: Callable[..., Result]) -> None:

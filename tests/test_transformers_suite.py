@@ -19,7 +19,7 @@ import torch
 from fetch_transformers_tests import DIRECTORY
 from tiny import tiny_config
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from attnres import AttnResConfig, AttnResForCausalLM, AttnResModel
 
@@ -30,8 +30,8 @@ FAMILIES = ("qwen3", "gemma2", "qwen3_moe")
 
 # Not run, and why. The table in tests/README.md says the same.
 NOT_RUN = {
-    "test_generation_tester_mixin_inheritance": "GenerationTesterMixin is not in the source distribution",
     "test_moe_models_record_router_logits": "reads the model's source for experts, which are the backbone's",
+    "test_generation_tester_mixin_inheritance": "GenerationTesterMixin is not in the source distribution",
 }
 NOT_RUN_WITHOUT_EXPERTS = "test_eager_matches_batched_and_grouped_inference"
 
@@ -87,7 +87,8 @@ class ModelTester:
 def suite(family: str, is_attnres: bool) -> type[unittest.TestCase]:
     config = tiny_config(family)
     if is_attnres:
-        classes: tuple[type, ...] = (AttnResModel, AttnResForCausalLM)
+        attnres_config = AttnResConfig(backbone_config=config)
+        classes = tuple(kind.of_backbone(attnres_config) for kind in (AttnResModel, AttnResForCausalLM))
     else:
         classes = (AutoModel._model_mapping[type(config)], AutoModelForCausalLM._model_mapping[type(config)])
 
@@ -117,10 +118,7 @@ def run(family: str, is_attnres: bool, test_name: str) -> tuple[str, str]:
 @pytest.fixture(autouse=True, scope="module")
 def known_to_the_mixin() -> Iterator[None]:
     """The mixin prepares labels by looking class names up in these tables."""
-    with (
-        patch.dict(MODEL_MAPPING_NAMES, {"attnres": "AttnResModel"}),
-        patch.dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, {"attnres": "AttnResForCausalLM"}),
-    ):
+    with patch.dict(MODEL_MAPPING_NAMES, {"attnres": "AttnResModel"}):
         yield
 
 
