@@ -130,17 +130,18 @@ REFUSED: dict[str, str] = {
 # their weight (Gemma), subtract a mean (Cohere), or gate.
 RMS_NORMS: frozenset[str] = frozenset(
     """
-        AXK1RMSNorm AXK2RMSNorm AfmoeRMSNorm ApertusRMSNorm ArceeRMSNorm AriaTextRMSNorm BailingHybridRMSNorm
-        BambaRMSNorm BeamRMSNorm BitNetRMSNorm CwmRMSNorm DeepseekV2RMSNorm DeepseekV32RMSNorm DeepseekV3RMSNorm
-        DiffLlamaRMSNorm DogeRMSNorm Dots1RMSNorm Dots3NoteRMSNorm Ernie4_5RMSNorm Ernie4_5_MoeRMSNorm
-        Exaone4RMSNorm ExaoneMoeRMSNorm FalconH1RMSNorm FlexOlmoRMSNorm FlintRMSNorm Glm4MoeLiteRMSNorm
-        Glm4MoeRMSNorm Glm4RMSNorm GlmMoeDsaRMSNorm GlmRMSNorm GptOssRMSNorm GraniteMoeHybridRMSNorm
-        GraniteMoeRMSNorm GraniteMoeSWARMSNorm GraniteMoeSharedRMSNorm GraniteRMSNorm GraniteSWARMSNorm HYV3RMSNorm
-        HeliumRMSNorm HunYuanDenseV1RMSNorm HunYuanMoEV1RMSNorm HyperCLOVAXRMSNorm InklingRMSNorm JambaRMSNorm
-        JetMoeRMSNorm KimiLinearRMSNorm Kolibri1RMSNorm LagunaRMSNorm Lfm2MoeRMSNorm Lfm2RMSNorm Lfm3RMSNorm
-        LlamaRMSNorm LongcatFlashRMSNorm MellumRMSNorm MiMoV2FlashRMSNorm MiniCPM3RMSNorm MiniMaxM2RMSNorm
-        MiniMaxRMSNorm Ministral3RMSNorm MinistralRMSNorm MistralRMSNorm MixtralRMSNorm NemotronHRMSNorm
-        Olmo2RMSNorm Olmo3RMSNorm OlmoHybridRMSNorm OlmoeRMSNorm Phi3RMSNorm Qwen2MoeRMSNorm Qwen2RMSNorm
-        Qwen3MoeRMSNorm Qwen3RMSNorm SeedOssRMSNorm SmolLM3RMSNorm SolarOpenRMSNorm YoutuRMSNorm ZayaRMSNorm
+        AXK1RMSNorm AXK2RMSNorm AfmoeRMSNorm Apertus1p5TextRMSNorm ApertusRMSNorm ArceeRMSNorm AriaTextRMSNorm
+        BailingHybridRMSNorm BambaRMSNorm BeamRMSNorm BitNetRMSNorm CwmRMSNorm DeepseekV2RMSNorm DeepseekV32RMSNorm
+        DeepseekV3RMSNorm DiffLlamaRMSNorm DogeRMSNorm Dots1RMSNorm Dots3NoteRMSNorm Ernie4_5RMSNorm
+        Ernie4_5_MoeRMSNorm Exaone4RMSNorm ExaoneMoeRMSNorm FalconH1RMSNorm FlexOlmoRMSNorm FlintRMSNorm
+        Glm4MoeLiteRMSNorm Glm4MoeRMSNorm Glm4RMSNorm GlmMoeDsaRMSNorm GlmRMSNorm GptOssRMSNorm
+        GraniteMoeHybridRMSNorm GraniteMoeRMSNorm GraniteMoeSWARMSNorm GraniteMoeSharedRMSNorm GraniteRMSNorm
+        GraniteSWARMSNorm HYV3RMSNorm HeliumRMSNorm HunYuanDenseV1RMSNorm HunYuanMoEV1RMSNorm HyperCLOVAXRMSNorm
+        InklingRMSNorm JambaRMSNorm JetMoeRMSNorm KimiLinearRMSNorm Kolibri1RMSNorm LagunaRMSNorm LaraMiniRMSNorm
+        Lfm2MoeRMSNorm Lfm2RMSNorm Lfm3RMSNorm LlamaRMSNorm LongcatFlashRMSNorm MellumRMSNorm MiMoV2FlashRMSNorm
+        MiniCPM3RMSNorm MiniMaxM2RMSNorm MiniMaxRMSNorm Ministral3RMSNorm MinistralRMSNorm MistralRMSNorm
+        MixtralRMSNorm NemotronHRMSNorm Olmo2RMSNorm Olmo3RMSNorm OlmoHybridRMSNorm OlmoeRMSNorm Phi3RMSNorm
+        Qwen2MoeRMSNorm Qwen2RMSNorm Qwen3MoeRMSNorm Qwen3RMSNorm SeedOssRMSNorm SmolLM3RMSNorm SolarOpenRMSNorm
+        YoutuRMSNorm ZayaRMSNorm
     """.split()
 )

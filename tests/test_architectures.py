@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import architectures
@@ -13,9 +14,9 @@ from tiny import VARIATIONS, depth_attention, random_tokens, randomize, retrofit
 from transformers import AutoModel, AutoModelForCausalLM
 
 from attnres import AttnResConfig, AttnResForCausalLM, AttnResModel, convert
-from attnres.backbones import REFUSED, SUPPORTED
+from attnres.backbones import REFUSED, RMS_NORMS, SUPPORTED
 from attnres.configuration_attnres import UnsupportedBackboneError, supported_backbone
-from attnres.rewiring import AttnResDecoderLayer
+from attnres.rewiring import AttnResDecoderLayer, decoder_layers
 
 # Whose own cached decoding differs from their own full forward at this size, without attnres; only that the two agree
 # can be tested.
@@ -181,3 +182,22 @@ def dispatched(model: Any, directory: Path) -> Any:
     )
     assert "disk" in result.hf_device_map.values()
     return result.eval()
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_norms_that_a_read_may_do_are_rms_norms(name: str) -> None:
+    """Their forward is tried on numbers of which it must be RMSNorm; every norm that is one is in the table."""
+    with torch.device("meta"):
+        layers = decoder_layers(tiny_model(name))
+    classes = {type(module) for layer in layers for module in layer.modules() if hasattr(module, "variance_epsilon")}
+    hidden_states, weight = torch.arange(1, 5).float(), torch.arange(4).float()
+    expected = torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, 0.5)
+    for norm_class in classes:
+        stand_in: Any = SimpleNamespace(weight=weight, variance_epsilon=0.5)
+        try:
+            is_rms_norm = torch.allclose(norm_class.forward(stand_in, hidden_states), expected)
+        except (AttributeError, TypeError):  # it needs more than a weight and an epsilon
+            is_rms_norm = False
+        assert is_rms_norm or norm_class.__name__ not in RMS_NORMS
+        if is_rms_norm and any(isinstance(child, norm_class) for layer in layers for child in layer.children()):
+            assert norm_class.__name__ in RMS_NORMS, norm_class

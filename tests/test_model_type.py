@@ -2,8 +2,8 @@
 
 In the library's sources, `model_type` is asked by conversion_mapping (how tensors are renamed and merged on disk),
 fusion_mapping and integrations/hub_kernels (through `config_class.model_type`), quantizers/quantizer_awq (scales),
-modeling_utils (Llama 4's compilation), models/auto/tokenization_auto (the tokenizer), configuration_utils (loading), and
-pipelines (of other modalities). PEFT asks `config.to_dict()["model_type"]` for default targets. Names of classes are
+modeling_utils (how Llama 4 compiles), models/auto/tokenization_auto (the tokenizer), configuration_utils (loading),
+and pipelines (other modalities). PEFT asks `config.to_dict()["model_type"]` for default targets. Names of classes are
 asked by conversion_mapping, trainer (label smoothing), output_capturing (what can be recorded), generation
 (`_supports_default_dynamic_cache`: MiniMax), and device maps, FSDP and tensor parallel plans (decoder layers).
 """
