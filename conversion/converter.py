@@ -164,7 +164,7 @@ def convert(
         else:
             linked, copied = _link_shards(checkpoint, stage, progress)
         config.dtype = formats.stored_dtype(checkpoint.config, checkpoint.num_elements)
-        names = depth_names(config)
+        names = depth_names(config, checkpoint.name)
         written += _write_depth_shard(config, names, stage)
         _write_index(checkpoint, config, names, stage)
         write_config_and_code(config, stage)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 import torch
@@ -19,6 +21,10 @@ from transformers.utils import logging
 
 from ..backbones import SUPPORTED
 from .errors import ConversionError
+
+_shortened = Repr()  # of what a file says, which may be megabytes
+_shortened.maxstring = 200
+shortened = _shortened.repr
 
 MODEL_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -174,7 +180,45 @@ def quantization_method(config: PreTrainedConfig | dict[str, Any]) -> str | None
             f"{', '.join(QUANTIZATION_METHODS)} can be converted. Convert the unquantised checkpoint and quantise the "
             "result."
         )
+    _check_module_names(quantization)
     return method
+
+
+def _check_module_names(quantization: dict[str, Any]) -> None:
+    """Checks the fields that name modules. The loaders use most of the names as regular expressions."""
+    block_name = quantization.get("block_name_to_quantize")
+    if block_name is not None and not isinstance(block_name, str):
+        raise ConversionError(
+            f"config.json: quantization_config has block_name_to_quantize={shortened(block_name)}; a string was "
+            "expected."
+        )
+    groups = quantization.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    for field, names in (
+        *((field, quantization.get(field)) for field in MODULE_FIELDS),
+        *(("targets", group.get("targets")) for group in groups if isinstance(group, dict)),
+    ):
+        is_list = isinstance(names, list) and len(names) <= MAX_PATTERNS
+        if names is not None and not (is_list and all(_is_cheap_pattern(name) for name in names)):
+            raise ConversionError(
+                f"config.json: quantization_config has {field}={shortened(names)}; a list of module names was expected. "
+                f"A name may be a regular expression of at most {MAX_PATTERN} characters and {MAX_REPEATS} repetitions, "
+                "without repeated groups."
+            )
+
+
+def _is_cheap_pattern(name: Any) -> bool:
+    """Whether a name is a regular expression that takes no more than polynomial time, of a low degree."""
+    if not isinstance(name, str) or len(name) > MAX_PATTERN:
+        return False
+    pattern = name.removeprefix("re:")
+    if REPEATED_GROUP.search(pattern) or len(REPEAT.findall(pattern)) > MAX_REPEATS:
+        return False
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def unquantized(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -197,6 +241,14 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 # Methods whose names refer to modules and tensors of the decoder, which keep them.
 QUANTIZATION_METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "mxfp4", "mxfp8")
+
+# The fields of a `quantization_config` that list modules, and what a regular expression in them may be.
+MODULE_FIELDS = ("ignore", "llm_int8_skip_modules", "modules_in_block_to_quantize", "modules_to_not_convert")
+MAX_PATTERNS = 20_000
+MAX_PATTERN = 500
+MAX_REPEATS = 4
+REPEAT = re.compile(r"(?<!\\)[*+{]")
+REPEATED_GROUP = re.compile(r"\)[*+{]|\\[1-9]|\(\?P=")
 
 # Methods whose weights Transformers dequantises, on every machine alike: what is compared then has no kernel in it.
 DEQUANTIZED = ("bitsandbytes", "fp8", "mxfp4", "mxfp8")

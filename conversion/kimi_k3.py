@@ -81,6 +81,7 @@ DENSE_AS_SPARSE = re.compile(rf"(model\.layers\.\d+)\.block_sparse_moe\.({DENSE}
 ADDED_FIELDS = "attnres_added_fields"
 # What a configuration says of the whole model stands beside `text_config`, the rest in it.
 BESIDE_TEXT = ("architectures", "dtype", "transformers_version")
+IMPLEMENTATION = "depth_attention_implementation"
 
 
 class Checkpoint(NamedTuple):
@@ -328,6 +329,7 @@ def _k3_settings(checkpoint: Checkpoint, config: AttnResConfig) -> dict[str, Any
         )
     text = config.to_diff_dict()
     settings = {name: text.pop(name) for name in BESIDE_TEXT if name in text}
+    settings[IMPLEMENTATION] = depth["implementation"]
     for name in ("auto_map", "backbone_model_type", "depth_attention"):
         del text[name]
     text["model_type"] = BACKBONE_TYPE
@@ -377,6 +379,8 @@ def _attnres_config(checkpoint: Checkpoint, depth_config: AttnResConfig) -> Attn
     """The configuration of the imported model: the inverse of [`_k3_settings`]."""
     settings = copy.deepcopy(checkpoint.settings)
     text, added = settings.pop("text_config"), settings.pop(ADDED_FIELDS, None)
+    depth = dict(depth_config.depth_attention)
+    depth["implementation"] = settings.pop(IMPLEMENTATION, depth["implementation"])
     del text["attn_res_block_size"]
     settings = {
         **{name: value for name, value in text.items() if not isinstance(added, list) or name not in added},
@@ -384,7 +388,7 @@ def _attnres_config(checkpoint: Checkpoint, depth_config: AttnResConfig) -> Attn
         "architectures": ["AttnResForCausalLM"],
         "model_type": AttnResConfig.model_type,
         "backbone_model_type": text.get("model_type"),
-        "depth_attention": depth_config.depth_attention,
+        "depth_attention": depth,
         "dtype": settings.get("dtype", text.get("dtype")),
     }
     config = _make_config(checkpoint, settings)

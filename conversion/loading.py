@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from ..configuration_attnres import AttnResConfig
+from ..configuration_attnres import AttnResConfig, AttnResError
 from ..modeling_attnres import AttnResForCausalLM
 from ..rewiring import decoder_layers
 from . import formats
@@ -106,11 +106,20 @@ class DepthNames(NamedTuple):
     query: str
 
 
-def depth_names(config: AttnResConfig) -> DepthNames:
+def depth_names(config: AttnResConfig, source: str) -> DepthNames:
     """The names of the depth parameters of a causal language model on disk: those in its state dict, renamed as the
-    library renames the tensors of its architecture when it saves them."""
-    with torch.device("meta"):
-        model: Any = AttnResForCausalLM(formats.unquantized(config))  # type: ignore[arg-type]
+    library renames the tensors of its architecture when it saves them.
+
+    Raises:
+        ConversionError: the configuration makes no model; the message names the `source`.
+    """
+    try:
+        with torch.device("meta"):
+            model: Any = AttnResForCausalLM(formats.unquantized(config))  # type: ignore[arg-type]
+    except AttnResError:
+        raise
+    except Exception as error:  # whatever a model's constructor makes of a configuration that it did not expect
+        raise ConversionError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
     tensors = {name: tensor for name, tensor in model.state_dict().items() if DEPTH_MODULE in name.split(".")}
     return DepthNames(*sorted(revert_weight_conversion(model, tensors)))
 

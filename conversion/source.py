@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from reprlib import Repr
 from typing import Any
 
 import torch
@@ -66,9 +65,7 @@ MAX_UNUSED = 2**15
 # By their names in safetensors; complex and scale dtypes are ones that Transformers loads but does not list.
 DTYPES = {**str_to_torch_dtype, "C64": torch.complex64, "F8_E8M0": torch.float8_e8m0fnu}
 
-_shortened = Repr()  # of what a file says, which may be megabytes
-_shortened.maxstring = 200
-_repr = _shortened.repr
+_repr = formats.shortened
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from .errors import ConversionError, VerificationError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "spiece.model", "tekken.json", "tiktoken.model")
 
 # Texts on which two tokenizers are compared: prose, code, numbers, spaces, scripts, symbols, and nothing.
 TEXTS = (
@@ -47,6 +48,8 @@ MORE_TEXTS = (
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer that `AutoTokenizer` gives for a checkpoint without running code of it, or `None` if it has none
     that can be loaded."""
+    if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):  # the library would make an empty one
+        return None
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception:  # a tokenizer may lack anything; a checkpoint can be converted without one

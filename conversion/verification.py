@@ -209,7 +209,7 @@ def _token_sequences(source: Source) -> tuple[str, list[torch.Tensor]]:
 
 def _check_depth_tensors(converted: Path, config: AttnResConfig) -> None:
     with safe_open(converted / DEPTH_SHARD, framework="pt") as file:
-        key_norm, query = (file.get_tensor(name) for name in depth_names(config))
+        key_norm, query = (file.get_tensor(name) for name in depth_names(config, str(converted)))
     shape = (config.num_reads, config.hidden_size)
     if query.shape != shape or key_norm.shape != shape or query.any() or not (key_norm == 1).all():
         raise VerificationError(f"{converted}: the depth tensors are not zeros and ones of shape {shape}.")

@@ -17,9 +17,14 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, random_tokens, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import attnres
 from attnres import AttnResConfig, AttnResForCausalLM, convert
 from attnres.conversion import ConversionError, VerificationError, converter, loading, verification
 from attnres.examples.demo import CHECKPOINT
+
+
+# The code that comes with a checkpoint: every module at the root of the package but these two.
+TRAVELLING = {path.name for path in Path(attnres.__file__).parent.glob("*.py")} - {"__init__.py", "cli.py"}
 
 
 @pytest.fixture
@@ -60,7 +65,7 @@ def test_index_names_every_tensor(tmp_path: Path) -> None:
     convert(source, tmp_path / "converted", verify="none")
     index = json.loads((tmp_path / "converted" / INDEX).read_text())
     original = json.loads((source / INDEX).read_text())["weight_map"]
-    depth = {"depth_attention.key_norm", "depth_attention.query"}
+    depth = {"model.depth_attention.key_norm", "model.depth_attention.query"}
     assert {name: shard for name, shard in index["weight_map"].items() if name not in depth} == original
     found = {}
     for shard in set(index["weight_map"].values()):
@@ -130,15 +135,11 @@ def test_companions_come_along_and_nothing_else(tmp_path: Path) -> None:
         "attnres_conversion.json",
         "chat_template.jinja",
         "config.json",
-        "configuration_attnres.py",
-        "depth_attention.py",
-        "depth_attention_triton.py",
+        *TRAVELLING,
         "generation_config.json",
         "model-00001-of-00001.safetensors",
         "model-attnres.safetensors",
         INDEX,
-        "backbones.py",
-        "modeling_attnres.py",
         "tokenization_special.py",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -170,7 +171,12 @@ def test_dtype_of_the_source_is_kept(dtype: torch.dtype, tmp_path: Path) -> None
     tiny_model("llama").to(dtype).save_pretrained(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "converted")
     model = AttnResForCausalLM.from_pretrained(tmp_path / "converted", dtype="auto")
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    found = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    depth = {name: found.pop(name) for name in list(found) if "depth_attention" in name}
+    assert set(found.values()) == {dtype}
+    assert list(depth.values()) == [torch.float32] * 2
+    stored = load_file(tmp_path / "converted" / "model-attnres.safetensors")
+    assert {name: tensor.dtype for name, tensor in stored.items()} == depth
 
 
 def test_copies_where_links_are_not_possible(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +198,7 @@ def test_saving_into_the_converted_directory_leaves_the_source_alone(source: Pat
     convert(source, destination, verify="none")
     model = AttnResForCausalLM.from_pretrained(destination)
     with torch.no_grad():
-        model.backbone.model.embed_tokens.weight.zero_()
+        model.model.embed_tokens.weight.zero_()
     model.save_pretrained(destination, max_shard_size="40KB")
     assert snapshot(source) == before
 
@@ -224,7 +230,7 @@ def test_overwrite(source: Path) -> None:
     destination = source.parent / "converted"
     convert(source, destination, block_size=2, verify="none")
     convert(source, destination, block_size=4, verify="none", overwrite=True)
-    assert AutoConfig.from_pretrained(destination).block_size == 4
+    assert AutoConfig.from_pretrained(destination).depth_attention["block_size"] == 4
     assert sorted(path.name for path in source.parent.iterdir()) == ["converted", "source"]
 
 
@@ -235,13 +241,13 @@ def test_overwrite(source: Path) -> None:
 def test_a_checkpoint_that_differs_is_not_delivered(source: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write = converter._write_index
 
-    def corrupt(checkpoint: Any, config: Any, stage: Path) -> None:
+    def corrupt(checkpoint: Any, config: Any, names: Any, stage: Path) -> None:
         path = stage / converter.SINGLE_SHARD
         tensors = load_file(path)
         tensors["model.layers.0.mlp.down_proj.weight"][0, 0] += 0.5
         path.unlink()
         save_file(tensors, path, metadata={"format": "pt"})
-        write(checkpoint, config, stage)
+        write(checkpoint, config, names, stage)
 
     monkeypatch.setattr(converter, "_write_index", corrupt)
     before = snapshot(source.parent)

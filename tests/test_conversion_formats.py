@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlavaCon
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from attnres import AttnResConfig, AttnResConfigError, AttnResError, AttnResForCausalLM, convert
+from attnres import AttnResConfig, AttnResError, AttnResForCausalLM, convert
 from attnres.conversion import ConversionError, formats
 
 BLOCK = 16
@@ -57,12 +57,11 @@ def assert_same(source: Path, converted: Path, tolerance: float = 1e-5) -> None:
 def assert_carried_over(source: Path, converted: Path) -> None:
     """The shard is the source's own, the quantisation is where the loader looks, depth is not quantised."""
     assert os.path.samefile(source / SHARD, converted / "model-00001-of-00001.safetensors")
-    config = json.loads((converted / "config.json").read_text())
-    assert "quantization_config" in config
-    assert "quantization_config" not in config["backbone_config"]
+    original, config = (json.loads((path / "config.json").read_text()) for path in (source, converted))
+    assert config["quantization_config"] == original["quantization_config"]
     depth = load_file(converted / "model-attnres.safetensors")
-    assert sorted(depth) == ["depth_attention.key_norm", "depth_attention.query"]
-    assert {tensor.dtype for tensor in depth.values()} == {AutoConfig.from_pretrained(source).dtype}
+    assert sorted(depth) == ["model.depth_attention.key_norm", "model.depth_attention.query"]
+    assert {tensor.dtype for tensor in depth.values()} == {torch.float32}
 
 
 # -- layouts of unquantised weights ------------------------------------------------------------------------------------
@@ -139,9 +138,12 @@ def test_fp8(family: str, tmp_path: Path) -> None:
     assert index["metadata"]["total_parameters"] == report.parameters + report.added_parameters
 
 
-def test_retrofit_while_loading_refuses_quantised_weights(tmp_path: Path) -> None:
-    with pytest.raises(AttnResConfigError, match="attnres convert"):
-        AttnResForCausalLM.from_pretrained(make_fp8(tmp_path / "source"), num_blocks=3)
+@torch.no_grad()
+def test_retrofit_while_loading_takes_quantised_weights(tmp_path: Path) -> None:
+    source = make_fp8(tmp_path / "source")
+    convert(source, tmp_path / "converted", num_blocks=3)
+    model = AttnResForCausalLM.from_pretrained(source, num_blocks=3, dtype=torch.float32, device_map="cpu")
+    torch.testing.assert_close(model.float()(random_tokens()).logits, logits(tmp_path / "converted"))
 
 
 def test_dtype_of_depth_is_never_a_quantised_one(tmp_path: Path) -> None:
@@ -152,9 +154,11 @@ def test_dtype_of_depth_is_never_a_quantised_one(tmp_path: Path) -> None:
     edit_config(source, dtype=None)
     convert(source, tmp_path / "converted", verify="none")
     depth = load_file(tmp_path / "converted" / "model-attnres.safetensors")
-    assert {tensor.dtype for tensor in depth.values()} == {torch.bfloat16}  # most scales are float32, of few tensors
+    assert {tensor.dtype for tensor in depth.values()} == {torch.float32}
+    assert AutoConfig.from_pretrained(tmp_path / "converted").dtype == torch.bfloat16  # though most scales are float32
     model = AttnResForCausalLM.from_pretrained(tmp_path / "converted", dtype="auto")
-    assert model.depth_attention.query.dtype == torch.bfloat16
+    assert model.model.depth_attention.query.dtype == torch.float32
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
 
 
 SKIPS = [
@@ -184,9 +188,7 @@ def test_fp8_kernels_take_the_same_modules(family: str, skip: list[str] | None) 
     config.quantization_config = {"quant_method": "fp8", "weight_block_size": [16, 16], "modules_to_not_convert": skip}
     expected = replaced(formats.meta_model(config), config.quantization_config)
     assert expected
-    model = meta_converted(config)
-    found = replaced(model, formats.translate(config))
-    assert found == {f"backbone.{name}" for name in expected}
+    assert replaced(meta_converted(config), config.quantization_config) == expected
 
 
 def meta_converted(config: Any) -> AttnResForCausalLM:
@@ -206,10 +208,12 @@ def meta_converted(config: Any) -> AttnResForCausalLM:
 def test_skipped_modules_stay_the_same(method: str, field: str, family: str, skip: list[str] | None) -> None:
     config = tiny_config(family)
     config.quantization_config = {"quant_method": method, field: skip}
-    translated = formats.translate(config)[field]
+    converted = dict(meta_converted(config).named_modules())
+    carried = AttnResConfig(backbone_config=config).quantization_config[field]
     for name, module in formats.meta_model(config).named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            assert should_convert_module(f"backbone.{name}", translated) == should_convert_module(name, skip), name
+            assert isinstance(converted[name], type(module))
+            assert should_convert_module(name, carried) == should_convert_module(name, skip), name
 
 
 @pytest.mark.parametrize(
@@ -237,7 +241,7 @@ def test_bitsandbytes(bits: int, skip: list[str] | None, tmp_path: Path) -> None
     original = AutoModelForCausalLM.from_pretrained(tmp_path / "source", device_map="cpu")
     for name, module in original.named_modules():
         if isinstance(module, nn.Linear):
-            assert type(model.get_submodule(f"backbone.{name}")) is type(module), name
+            assert type(model.get_submodule(name)) is type(module), name
 
 
 CT_ARGS = dict(num_bits=8, type="int", symmetric=True, strategy="channel")
@@ -330,20 +334,16 @@ def make_packed(directory: Path, method: str, family: str = "llama", **quantizat
 
 
 PACKED = [
-    ("gptq", {}, {"block_name_to_quantize": "backbone.model.layers"}),
-    ("gptq", {"block_name_to_quantize": "model.layers"}, {"block_name_to_quantize": "backbone.model.layers"}),
-    ("awq", {"zero_point": True}, {}),
-    (
-        "awq",
-        {"modules_to_not_convert": ["lm_head", "model.layers.1.mlp.up_proj"]},
-        {"modules_to_not_convert": ["backbone.model.layers.1.mlp.up_proj", "backbone.lm_head"]},
-    ),
+    ("gptq", {}),
+    ("gptq", {"block_name_to_quantize": "model.layers"}),
+    ("awq", {"zero_point": True}),
+    ("awq", {"modules_to_not_convert": ["lm_head", "model.layers.1.mlp.up_proj"]}),
 ]
 
 
-@pytest.mark.parametrize(("method", "fields", "expected"), PACKED)
+@pytest.mark.parametrize(("method", "fields"), PACKED)
 def test_gptq_and_awq_without_their_library(
-    method: str, fields: dict[str, Any], expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their kernels are not here, so nothing can be run; names, shapes and config can be checked."""
     monkeypatch.setattr(formats, "unavailable", lambda config: "Loading it requires gptqmodel.")
@@ -355,7 +355,7 @@ def test_gptq_and_awq_without_their_library(
     assert report.parameters == tiny_model("llama").num_parameters()
     assert_carried_over(source, tmp_path / "converted")
     carried = json.loads((tmp_path / "converted" / "config.json").read_text())["quantization_config"]
-    assert carried == {"quant_method": method, "bits": 4, "group_size": 16, **fields, **expected}
+    assert carried == {"quant_method": method, "bits": 4, "group_size": 16, **fields}
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

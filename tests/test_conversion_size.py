@@ -52,7 +52,7 @@ def test_kimi_linear_48b(benchmark: ModuleType, tmp_path: Path) -> None:
     assert measured["peak_bytes"] <= 1e9
     assert measured["linked"] == sum(path.stat().st_size for path in shards) > size
     assert measured["copied"] == 0
-    assert measured["written"] < 1e6
+    assert measured["written"] < 1.1e6  # two float32 vectors of 2304 for each of 55 reads
     linked = [converted / path.name for path in shards]
     assert [(path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns) for path in linked] == before
     assert sum(512 * path.stat().st_blocks for path in converted.iterdir()) < 2e7, "holes were filled"

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import random_tokens, retrofit, tiny_config, tiny_model
+from tiny import depth_attention, random_tokens, retrofit, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attnres import AttnResConfig, AttnResError, AttnResForCausalLM, AttnResModel
 from attnres.cli import main
 from attnres.conversion import converter, kimi_k3
-from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, DepthState, read
+from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS
+from attnres.depth_state import DepthState
+from attnres.residual_stream import read
 
 INDEX = "model.safetensors.index.json"
 NUM_LAYERS = 5
@@ -187,7 +189,7 @@ def test_every_read_equals_k3s(
     for block_size in range(1, num_layers + 2):
         directory = tmp_path / str(block_size)
         tensors = random_k3_depth(directory, num_layers, block_size)
-        settings, depth_attention = kimi_k3.read_depth_attention(directory)
+        settings, parameters = kimi_k3.read_depth_attention(directory)
         assert settings.block_size == 2 * min(block_size, num_layers)
         settings = settings._replace(implementation=DEPTH_ATTENTION_FUNCTIONS[implementation])
         generator = torch.Generator().manual_seed(0)
@@ -196,12 +198,12 @@ def test_every_read_equals_k3s(
         expected = k3_reads(tensors, block_size, EPS, embedding, outputs)
         state = DepthState(sources=(embedding,))
         with torch.no_grad():
-            queries = depth_attention().to(dtype)
+            queries = parameters().to(dtype)
             for index, k3_read in enumerate(expected):
-                hidden_states, state = read(queries, state, index, settings)
+                hidden_states, state = read(queries, state, settings)
                 torch.testing.assert_close(hidden_states, k3_read, atol=atol, rtol=0)
                 if index < len(outputs):
-                    state = state.write(outputs[index], closes_block=(index + 1) % settings.block_size == 0)
+                    state = state.write(outputs[index], settings.block_size)
 
 
 @torch.no_grad()
@@ -238,11 +240,11 @@ def test_the_comparison_would_see_another_epsilon_or_block_boundary(tmp_path: Pa
 
 def test_depth_tensors_there_and_back(tmp_path: Path) -> None:
     tensors = random_k3_depth(tmp_path / "k3", 7, 3)
-    settings, depth_attention = kimi_k3.read_depth_attention(tmp_path / "k3")
+    settings, parameters = kimi_k3.read_depth_attention(tmp_path / "k3")
     assert (settings.block_size, settings.mix, settings.key_norm_eps) == (6, "mean", EPS)
-    assert depth_attention.query.dtype == torch.bfloat16
-    assert depth_attention.query.requires_grad
-    assert same_tensors(kimi_k3.depth_tensors(depth_attention), tensors)
+    assert parameters.query.dtype == torch.bfloat16
+    assert parameters.query.requires_grad
+    assert same_tensors(kimi_k3.depth_tensors(parameters), tensors)
 
 
 def test_everything_that_cannot_be_expressed_is_named(tmp_path: Path) -> None:
@@ -290,8 +292,10 @@ def test_exports_and_imports_back_unchanged(shard_size: str, dtype: torch.dtype,
     assert (tmp_path / "back" / "config.json").read_text() == (tmp_path / "attnres" / "config.json").read_text()
     back, info = AttnResForCausalLM.from_pretrained(tmp_path / "back", dtype="auto", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert same_tensors(dict(back.named_parameters()), dict(model.named_parameters()))
-    assert same_tensors(dict(back.named_buffers()), dict(model.named_buffers()))
+    saved = AttnResForCausalLM.from_pretrained(tmp_path / "attnres", dtype="auto")  # where depth is float32
+    assert same_tensors(dict(back.named_parameters()), dict(saved.named_parameters()))
+    assert same_tensors(dict(back.named_buffers()), dict(saved.named_buffers()))
+    assert same_tensors(dict(back.base_model.layers.state_dict()), dict(model.base_model.layers.state_dict()))
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > (8 if shard_size == "20KB" else 1)
     travelling = {path.name for path in (tmp_path / "attnres").glob("*.py")}
     assert {path.name for path in (tmp_path / "back").glob("*.py")} == travelling
@@ -364,7 +368,7 @@ def test_weights_are_not_loaded(attnres_checkpoint: Path, tmp_path: Path, monkey
     monkeypatch.setattr(kimi_k3, "CHUNK_BYTES", 100)
     kimi_k3.export_checkpoint(attnres_checkpoint, tmp_path / "k3")
     kimi_k3.import_checkpoint(tmp_path / "k3", tmp_path / "back")
-    assert all(name.startswith("depth_attention.") or "_res_" in name for name in loaded)
+    assert all(name.startswith("model.depth_attention.") or "_res_" in name for name in loaded)
     model, back = (AttnResForCausalLM.from_pretrained(path) for path in (attnres_checkpoint, tmp_path / "back"))
     assert same_tensors(dict(back.named_parameters()), dict(model.named_parameters()))
 
@@ -480,7 +484,7 @@ BAD_DECODER: list[tuple[str, Callable[[Path], None], str]] = [
         edit_tensors(lambda ts: ts.update({"vision_tower.x": torch.ones(2)})),
         "no part of a Kimi Linear",
     ),
-    ("taken name", edit_tensors(lambda ts: ts.update({"language_model.depth_attention.query": torch.ones(2)})), "no p"),
+    ("taken name", edit_tensors(lambda ts: ts.update({"language_model.model.depth_attention.query": torch.ones(2)})), "no p"),
     (
         "unknown tensor",
         edit_tensors(lambda ts: ts.update({"language_model.model.layers.3.self_attn.g_proj.weight": torch.ones(2)})),
@@ -491,7 +495,7 @@ BAD_DECODER: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "layers that are not there",
         edit_config("text_config", layer_types=["full_attention"]),
-        "cannot be loaded|makes no",
+        "cannot be loaded|makes? no",
     ),
     (
         "layer numbers out of range",
@@ -510,18 +514,18 @@ BAD_DECODER: list[tuple[str, Callable[[Path], None], str]] = [
 
 BAD_EXPORT: list[tuple[str, Callable[[Path], None], str]] = [
     ("not AttnRes", edit_config(model_type="kimi_linear"), "model_type='kimi_linear'; 'attnres'"),
-    ("sum", edit_config(mix="sum"), "mix='sum'; Kimi K3 reads the mean"),
-    ("odd blocks", edit_config(block_size=3), "block_size=3; .* has to be even"),
-    ("another epsilon", edit_config(key_norm_eps=1e-6), "key_norm_eps=1e-06, .*rms_norm_eps=0.001"),
-    ("dense late", edit_config("backbone_config", mlp_layer_types=["sparse"] * 4 + ["dense"]), "dense layers after"),
-    ("contradiction", edit_config("backbone_config", first_k_dense_replace=2), "first_k_dense_replace=2 contradicts"),
+    ("sum", edit_config("depth_attention", mix="sum"), "mix='sum'; Kimi K3 reads the mean"),
+    ("odd blocks", edit_config("depth_attention", block_size=3), "block_size=3; .* has to be even"),
+    ("another epsilon", edit_config("depth_attention", key_norm_eps=1e-6), "key_norm_eps=1e-06, .*rms_norm_eps=0.001"),
+    ("dense late", edit_config(mlp_layer_types=["sparse"] * 4 + ["dense"]), "dense layers after"),
+    ("contradiction", edit_config(first_k_dense_replace=2), "first_k_dense_replace=2 contradicts"),
     ("quantised", edit_config(quantization_config={"quant_method": "fp8"}), "quantised weights"),
-    ("no configuration", edit_config("backbone_config", layer_types=3), "backbone_config"),
-    ("block size", edit_config(block_size="4"), "block_size='4'"),
-    ("no depth", edit_tensors(lambda ts: ts.pop("depth_attention.query")), "lacks 1 tensors .*depth_attention.query"),
+    ("no configuration", edit_config(layer_types=3), "make no kimi_linear configuration"),
+    ("block size", edit_config("depth_attention", block_size="4"), "block_size='4'"),
+    ("no depth", edit_tensors(lambda ts: ts.pop("model.depth_attention.query")), "lacks 1 tensors .*depth_attention.query"),
     (
         "wrong depth",
-        edit_tensors(lambda ts: ts.update({"depth_attention.query": torch.ones(3, 32)})),
+        edit_tensors(lambda ts: ts.update({"model.depth_attention.query": torch.ones(3, 32)})),
         "shapes contradict",
     ),
     ("expert missing", edit_tensors(lambda ts: ts.pop(EXPERT)), "cannot be loaded|lacks .* tensors|shapes contradict"),
@@ -563,8 +567,8 @@ def test_decoders_that_cannot_be_imported(
     with pytest.raises(AttnResError, match=message):
         kimi_k3.import_checkpoint(source, tmp_path / "destination")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
-    _, depth_attention = kimi_k3.read_depth_attention(source)
-    assert torch.equal(depth_attention.query, tiny_attnres().depth_attention.query)
+    _, parameters = kimi_k3.read_depth_attention(source)
+    assert torch.equal(parameters.query, depth_attention(tiny_attnres()).query)
 
 
 @pytest.mark.parametrize(("edit", "message"), [case[1:] for case in BAD_EXPORT], ids=[case[0] for case in BAD_EXPORT])

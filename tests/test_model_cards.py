@@ -337,7 +337,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "flow style": (write_card("---\n{license: mit}\n---\n"), "cannot be"),
     "bad model index": (write_card("---\nmodel-index: [1]\n---\n"), "cannot be read"),
     "other model": (edit("config.json", model_type="llama"), "model_type='llama'"),
-    "bad config": (edit("config.json", block_size=99), "block_size=99"),
+    "bad config": (edit("config.json", depth_attention={"block_size": 99}), "block_size=99"),
     "bad report": (edit("attnres_conversion.json", parameters="many"), "is not what the converter writes"),
     "no results": (lambda checkpoint, results: shutil.rmtree(results), "is not readable JSON"),
     "empty": (rows(), "rows is missing or empty"),

@@ -326,7 +326,7 @@ def test_what_looks_private_but_is_not(checkpoint: Path, hub: Hub) -> None:
     ("edit", "message"),
     [
         (write("modeling_attnres.py", "import attnres\n"), "cannot be loaded"),
-        (edit_json("config.json", lambda v: v["backbone_config"].update(intermediate_size=64)), "loads with|be loaded"),
+        (edit_json("config.json", lambda v: v.update(intermediate_size=64)), "loads with|be loaded"),
     ],
     ids=["code that needs the package", "shapes"],
 )
