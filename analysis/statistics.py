@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .errors import AnalysisError
 from .layout import Layout, base_model
 
-PIECE = 1 << 16  # characters that are tokenised at once
+PIECE = 1 << 13  # characters that are tokenised at once
 MAX_WEIGHTS_KEPT = 600_000  # weights of single tokens that are kept, over all reads
 MAX_TOKENS_KEPT = 256
 
@@ -154,15 +154,15 @@ def pieces(text: str | Path) -> Iterator[str]:
 
 
 def windows(
-    tokenizer: Any, text: str | Path, sequence_length: int, batch_size: int, max_tokens: int | None = None
+    tokenizer: Any, pieces: Iterable[str], sequence_length: int, batch_size: int, max_tokens: int | None = None
 ) -> Iterator[torch.Tensor]:
     """The tokens of a text in batches of windows that do not overlap, each `[batch, sequence]`.
 
-    The last windows are shorter, and none is padded. The file is read as it is needed.
+    The last windows are shorter, and none is padded. Pieces are taken as they are needed.
 
     Args:
         tokenizer: of the model.
-        text (`str` or `Path`): the text, or the file that holds it.
+        pieces: of the text, as [`pieces`] gives them.
         sequence_length (`int`): tokens in a window.
         batch_size (`int`): windows in a batch.
         max_tokens (`int`, *optional*): stop after so many tokens.
@@ -170,7 +170,7 @@ def windows(
     waiting: list[int] = []
     left = float("inf") if max_tokens is None else max_tokens
     size = sequence_length * batch_size
-    for number, piece in enumerate(pieces(text)):
+    for number, piece in enumerate(pieces):
         waiting += tokenizer(piece, add_special_tokens=number == 0, verbose=False)["input_ids"]
         while len(waiting) >= size and left > 0:
             taken, waiting = waiting[: min(size, int(min(left, size)))], waiting[size:]

@@ -1,6 +1,6 @@
 """Fine-tune a converted `examples/tiny-qwen3` for some minutes, so that its reads have something to show.
 
-    attnres convert examples/tiny-qwen3 converted --block-size 4
+    attnres convert examples/tiny-qwen3 converted --block-size 2
     python examples/fine_tune_tiny_qwen3.py converted trained
 
 The data are those of `train_tiny_qwen3.py`: the standard library of Python without the held-out files. Depth parameters
@@ -10,13 +10,14 @@ have a learning rate of their own, because they start from zero while all other 
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from train_tiny_qwen3 import SEED, PackedDataset, standard_library
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+
+from attnres import AttnResForCausalLM
 
 SEQUENCE_LENGTH = 256
 
@@ -39,12 +40,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=4, help=f"sequences of {SEQUENCE_LENGTH} tokens per step")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the decoder's weights")
-    parser.add_argument("--depth-learning-rate", type=float, default=1e-3, help="of queries and key norms")
+    parser.add_argument("--depth-learning-rate", type=float, default=1e-2, help="of queries and key norms")
     arguments = parser.parse_args()
 
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(arguments.source)
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.source, dtype=torch.float32, trust_remote_code=True)
+    model: Any = AttnResForCausalLM.from_pretrained(arguments.source, dtype=torch.float32)
     dataset = PackedDataset(tokenizer, [text for _, text in standard_library(held_out=False)])
     windows = dataset.windows.reshape(-1, SEQUENCE_LENGTH)
     optimizer = torch.optim.AdamW(
@@ -67,8 +68,8 @@ def main() -> None:
         if step % 50 == 0 or step == arguments.steps - 1:
             print(f"step {step}: loss {loss.item():.3f}", flush=True)
 
-    shutil.copytree(arguments.source, arguments.destination)
     model.save_pretrained(arguments.destination)
+    tokenizer.save_pretrained(arguments.destination)
 
 
 if __name__ == "__main__":
