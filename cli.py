@@ -268,9 +268,7 @@ def inspect(
     drop_source: Annotated[
         bool, typer.Option("--drop-source", help="Measure the loss without each source; runs the model very often.")
     ] = False,
-    read: Annotated[
-        int | None, typer.Option(help="Read whose tokens are drawn, from 0.", show_default=False)
-    ] = None,
+    read: Annotated[int | None, typer.Option(help="Read whose tokens are drawn, from 0.", show_default=False)] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a window of the text.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 4,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.", show_default=False)] = None,

@@ -11,12 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .maps import DepthMaps, depth_maps
     from .drop_study import Dropped, DropStudy, drop_source, mean_loss
     from .errors import AnalysisError
     from .inspection import Inspection, inspect_checkpoint
-    from .layout import Layout, Read, Source
     from .layer_outputs import Magnitudes, magnitudes
+    from .layout import Layout, Read, Source
+    from .maps import DepthMaps, depth_maps
     from .statistics import DepthStatistics, collect
 
 _MODULE_OF = {
@@ -49,6 +49,8 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith(__package__):
+            raise
         from .errors import AnalysisError
 
         raise AnalysisError(f'{error}; this needs further packages: pip install "attnres[analysis]"') from error

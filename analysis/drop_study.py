@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from .errors import AnalysisError
-from .layout import Layout
 from .layer_outputs import token_losses
+from .layout import Layout
 from .observation import ObservedRead, observed
 from .statistics import collect
 

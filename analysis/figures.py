@@ -1,4 +1,4 @@
-"""The figures, as Vega-Lite charts: the same chart is a PNG, an SVG and, in the report, a picture that one can touch."""
+"""The figures, as Vega-Lite charts: one chart is a PNG, an SVG and, in the report, a picture that one can touch."""
 
 from __future__ import annotations
 
@@ -75,9 +75,7 @@ def _source_axis(layout: Layout) -> str:
     return "source (0: embedding, then each block)"
 
 
-def _map(
-    frame: pd.DataFrame | None, layout: Layout, color: alt.Color, tooltip: list[alt.Tooltip]
-) -> alt.VConcatChart:
+def _map(frame: pd.DataFrame | None, layout: Layout, color: alt.Color, tooltip: list[alt.Tooltip]) -> alt.VConcatChart:
     """A heat map of reads over sources: one panel for each kind of read, the output read in a strip below. Without a
     frame, the page gives the rows, as the data set `cells`, and the chosen read, as the parameter `chosen`."""
     rows = layout.num_layers
@@ -127,7 +125,9 @@ def _panel(
     if frame is None:
         outline = data.transform_filter("datum.read === chosen").mark_rect(filled=False, strokeWidth=2, stroke=CHOSEN)
         layers.append(outline.encode(x=x, y=y))
-    return alt.layer(*layers).properties(width=PANEL, height=height, title=alt.TitleParams(title, fontSize=12, offset=4))
+    return alt.layer(*layers).properties(
+        width=PANEL, height=height, title=alt.TitleParams(title, fontSize=12, offset=4)
+    )
 
 
 def _block_starts(layout: Layout, kind: str) -> list[dict[str, Any]]:
@@ -197,7 +197,7 @@ def _kind_color(layout: Layout) -> alt.Color:
 
 def _boundaries(layout: Layout) -> alt.Chart:
     starts = [*range(layout.block_size, layout.num_sublayers, layout.block_size)]
-    values = [{"read": start} for start in starts] if 1 < layout.block_size else []
+    values = [{"read": start} for start in starts] if layout.block_size > 1 else []
     return (
         alt.Chart(alt.Data(values=values))
         .mark_rule(color="#9ca3af", strokeDash=[2, 3], strokeWidth=1)
@@ -377,6 +377,8 @@ def save(chart: Any, path: Path) -> list[Path]:
     spec = specification(chart)
     version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     svg = vl_convert.vegalite_to_svg(spec, vl_version=version, config=theme())
+    # Or light seams show between the cells of a map.
+    svg = svg.replace('class="mark-rect role-mark', 'shape-rendering="crispEdges" class="mark-rect role-mark')
     path.with_suffix(".svg").write_text(svg, encoding="utf-8")
     path.with_suffix(".png").write_bytes(vl_convert.svg_to_png(svg, scale=2))
     return [path.with_suffix(".png"), path.with_suffix(".svg")]

@@ -81,15 +81,15 @@ def inspect_checkpoint(
             few sentences that come with this package.
         prompt (`str`, *optional*): the tokens that are shown one by one; else the first of the text.
         compare (`str` or `PathLike`, *optional*): a second checkpoint, of an AttnRes model or a plain decoder.
-        output (`str` or `PathLike`, *optional*): directory to write to; `NAME-inspect`, for the name of the checkpoint.
+        output (`str` or `PathLike`, *optional*): directory to write to; else `NAME-inspect`, by the checkpoint.
         gradients (`bool`, *optional*, defaults to `False`): measure gradients too, over the first 8192 tokens.
-        drop (`bool`, *optional*, defaults to `False`): measure the loss without each source, over the first 1024 tokens.
+        drop (`bool`, *optional*, defaults to `False`): measure the loss without each source, over 1024 tokens.
         read (`int`, *optional*): the read whose tokens are drawn; else the one that depends most on the token.
         sequence_length (`int`, *optional*, defaults to 512): tokens in a window of the text.
         batch_size (`int`, *optional*, defaults to 4): windows per forward pass.
         max_tokens (`int`, *optional*): stop after so many tokens of the text.
-        dtype (`str`, *optional*, defaults to `"auto"`): of the weights; `"auto"` is the checkpoint's own, but float32 on
-            a CPU.
+        dtype (`str`, *optional*, defaults to `"auto"`): of the weights; `"auto"` is the checkpoint's own, but float32
+            on a CPU.
         device_map (`str`, *optional*): where the parts of the model go, as Accelerate takes it, `"auto"` for one; else
             the first accelerator or the CPU.
         overwrite (`bool`, *optional*, defaults to `False`): replace an earlier inspection in `output`.
@@ -112,7 +112,12 @@ def inspect_checkpoint(
     where = Path(text) if text is not None else prompt or "\n\n".join(TEXTS)
     settings = _Settings(where, prompt, gradients, drop, sequence_length, batch_size, max_tokens)
     found: list[Inspection] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console or Console(stderr=True), disable=console is None) as progress:
         for name in (checkpoint, *([] if compare is None else [compare])):
             model, tokenizer = _load(str(name), dtype, device_map)
@@ -164,9 +169,7 @@ def _fact(text: Any, prompt: str | None) -> str:
     return Path(text).name if text is not None else f"the prompt, {len(prompt or '')} characters"
 
 
-def _inspect(
-    model: PreTrainedModel, tokenizer: Any, name: str, settings: _Settings, progress: Progress
-) -> Inspection:
+def _inspect(model: PreTrainedModel, tokenizer: Any, name: str, settings: _Settings, progress: Progress) -> Inspection:
     length = settings.window(model)
     maps = parameters = dropped = None
     tokens: tuple[str, ...] = ()
@@ -176,10 +179,12 @@ def _inspect(
         return list(windows(tokenizer, pieces(settings.text), length, 1, most))
 
     if isinstance(getattr(model.config, "depth_attention", None), dict):
-        shown = _with_progress(settings.text, progress, f"{name}: depth weights")
+        task = progress.add_task(f"{name}: depth weights", total=None)
+        shown = _with_progress(settings.text, progress, task)
         batches = windows(tokenizer, shown, length, settings.batch_size, settings.max_tokens)
         statistics = DepthStatistics(Layout.of(model))
         maps = DepthMaps.of(collect(model, batches, statistics))
+        progress.update(task, total=1, completed=1)
         if settings.prompt and isinstance(settings.text, Path):
             of_prompt = DepthStatistics(Layout.of(model))
             one = windows(tokenizer, [settings.prompt], length, 1, MAX_TOKENS_KEPT)
@@ -201,13 +206,12 @@ def _inspect(
     return Inspection(name, maps, tokens, parameters, found, dropped)
 
 
-def _with_progress(text: str | Path, progress: Progress, description: str) -> Iterator[str]:
-    total = len(text) if isinstance(text, str) else (text.stat().st_size if text.is_file() else None)
-    task = progress.add_task(description, total=total)
+def _with_progress(text: str | Path, progress: Progress, task: Any) -> Iterator[str]:
+    size = len(text) if isinstance(text, str) else (text.stat().st_size if text.is_file() else None)
+    progress.update(task, total=size)
     for piece in pieces(text):
         yield piece
         progress.advance(task, len(piece) if isinstance(text, str) else len(piece.encode()))
-    progress.update(task, total=1, completed=1)
 
 
 def _counted(batches: Iterable[torch.Tensor], progress: Progress, task: Any) -> Iterator[torch.Tensor]:

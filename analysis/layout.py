@@ -1,4 +1,4 @@
-"""The reads and sources of a model, with names that a reader knows: what a row and a column of a depth map stand for."""
+"""The reads and sources of a model, the rows and columns of a depth map, with names that a reader knows."""
 
 from __future__ import annotations
 

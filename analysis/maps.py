@@ -69,9 +69,9 @@ class DepthMaps:
         return self.entropy / np.where(most > 0, most, np.nan)
 
     def mixing_matrix(self) -> np.ndarray:
-        """The depth mixing matrix M (Fig. 9), `[heads, reads, 1 + L]`: the factor with which the embedding and the output
-        of each sublayer enter a read. It is 1 for all that came before in a standard residual, and also with zero
-        queries and `mix="sum"`."""
+        """The depth mixing matrix M (Fig. 9), `[heads, reads, 1 + L]`: the factor with which the embedding and the
+        output of each sublayer enter a read. It is 1 for all that came before in a standard residual, and also with
+        zero queries and `mix="sum"`."""
         layout, heads = self.layout, self.num_heads
         matrix = np.zeros((heads, layout.num_sublayers + 1, layout.num_sublayers + 1))
         scale = 1 / self.uniform if layout.mix == "sum" else np.ones(layout.num_sublayers + 1)

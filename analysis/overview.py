@@ -38,8 +38,8 @@ def of_maps(maps: DepthMaps) -> Iterator[str]:
     relative = maps.relative_entropy.mean(0)
     if np.nanmin(relative) > 1 - 1e-6:
         yield (
-            "Every read gives the same weight to all its sources. So it is when the queries are zero, as in a checkpoint "
-            "that was just converted."
+            "Every read gives the same weight to all its sources. So it is when the queries are zero, as in a "
+            "checkpoint that was just converted."
         )
         return
     later = [read.index for read in reads if layout.num_visible(read.index) > 2] or [reads[-1].index]
@@ -50,15 +50,17 @@ def of_maps(maps: DepthMaps) -> Iterator[str]:
         f"share would be {percent(maps.uniform[read])}. No other read with more than two sources takes as many times "
         "its even share from there."
     )
-    read, source = np.unravel_index(np.nanargmax(np.where(np.arange(len(reads))[:, None] > 0, times, np.nan)), times.shape)
+    read, source = np.unravel_index(
+        np.nanargmax(np.where(np.arange(len(reads))[:, None] > 0, times, np.nan)), times.shape
+    )
     yield (
         f"The strongest preference: {reads[read]}, takes {percent(weights[read, source])} from {sources[source]}, "
         f"{times[read, source]:.1f} times an even share."
     )
     read = int(np.nanargmin(relative))
     yield (
-        f"{_capital(str(reads[read]))}, is the most selective. Its entropy is {percent(relative[read])} of that of even "
-        "weights."
+        f"{_capital(str(reads[read]))}, is the most selective. Its entropy is {percent(relative[read])} of that of "
+        "even weights."
     )
     spread = np.sqrt(np.nansum(maps.deviation.mean(0) ** 2, -1))
     read = int(spread.argmax())
@@ -85,8 +87,8 @@ def of_magnitudes(found: dict[str, Magnitudes]) -> Iterator[str]:
     for name, result in found.items():
         accumulated = result.accumulated
         yield (
-            f"In {name}, what accumulates has a root mean square of {accumulated[0]:.3g} behind the first decoder layer, "
-            f"{accumulated[-1]:.3g} behind the last, and {accumulated.max():.3g} at most."
+            f"In {name}, what accumulates has a root mean square of {accumulated[0]:.3g} behind the first decoder "
+            f"layer, {accumulated[-1]:.3g} behind the last, and {accumulated.max():.3g} at most."
         )
 
 
@@ -94,8 +96,8 @@ def of_dropped(study: DropStudy, maps: DepthMaps) -> Iterator[str]:
     layout = maps.layout
     worst = max(study.blocks, key=lambda drop: drop.increase)
     yield (
-        f"If no read may use {layout.sources[worst.source]}, the loss rises from {study.loss:.3f} to {worst.loss:.3f} nats "
-        "per token. No other source is missed as much."
+        f"If no read may use {layout.sources[worst.source]}, the loss rises from {study.loss:.3f} to {worst.loss:.3f} "
+        "nats per token. No other source is missed as much."
     )
     one = max(study.reads, key=lambda drop: drop.increase)
     assert one.read is not None

@@ -68,6 +68,7 @@
         Object.entries(node).map(([key, value]) => {
           if (key === "values" || key === "datasets") return [key, value];
           if (key === "width" && typeof value === "number") return [key, Math.round(value * factor)];
+          if (key === "title" && factor < 0.75 && String(value).startsWith("source (")) return [key, "source"];
           if (key === "x" && value.value === data.panel) return [key, { value: Math.round(value.value * factor) }];
           return [key, walk(value)];
         }));
@@ -113,14 +114,15 @@
   const profileOf = (checkpoint) => {
     const index = readOf(checkpoint), read = checkpoint.reads[index], weights = weightsOf(checkpoint, index);
     const mean = meanOf(checkpoint, index), isToken = state.token !== null && checkpoint.hasTokens;
+    const even = 1 / weights.length, scale = 100 / Math.max(...weights, ...mean, 2 * even);
     const rows = read.sources.map((source, i) => {
       const { name, detail } = checkpoint.sources[source];
-      const fill = make("div", { className: "fill" }), even = make("div", { className: "even" });
-      fill.style.width = Math.min(100, 100 * weights[i]) + "%";
-      even.style.left = 100 / weights.length + "%";
+      const fill = make("div", { className: "fill" }), tick = make("div", { className: "even" });
+      fill.style.width = scale * weights[i] + "%";
+      tick.style.left = scale * even + "%";
       return make("tr", {},
         make("th", { scope: "row", title: detail }, name),
-        make("td", { className: "bar" }, make("div", { className: "track" }, fill, even)),
+        make("td", { className: "bar" }, make("div", { className: "track" }, fill, tick)),
         make("td", { className: "number" }, percent(weights[i])),
         ...(isToken ? [make("td", { className: "number", title: "mean of all tokens" }, percent(mean[i]))] : []));
     });
@@ -204,7 +206,7 @@
       const button = make("button", { type: "button", tabIndex: index ? -1 : 0 }, token);
       button.setAttribute("role", "option");
       button.setAttribute("aria-label", `token ${index}: ${token}`);
-      $("tokens").append(button, ...[]);
+      $("tokens").append(button);
     });
     $("tokens").addEventListener("click", (event) => {
       const token = [...$("tokens").children].indexOf(event.target);

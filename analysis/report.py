@@ -36,6 +36,12 @@ class Figure:
     chart: Any
     numbers: pd.DataFrame
     words: str
+    checkpoint: str = ""
+
+    def title(self, several: bool) -> str:
+        """Of the chart, and what it is of where that is not clear."""
+        text = str(self.chart.title.text)
+        return f"{text}: {self.checkpoint}" if several and self.checkpoint else text
 
 
 def write(found: Sequence[Inspection], directory: Path, read: int | None, facts: Mapping[str, str]) -> list[str]:
@@ -85,26 +91,30 @@ def make_figures(found: Sequence[Inspection], read: int | None) -> Iterator[Figu
                 f"depth-map{of_head}",
                 figures.depth_map(frame, layout, head, label),
                 frame[frame["head"] == head],
-                "Each row is a read, each column a source. The colour is the mean weight over all tokens. The last column "
-                "of a row is what its own block has summed up so far. The first read sees the embedding alone.",
+                "Each row is a read, each column a source. The colour is the mean weight over all tokens. The last "
+                "column of a row is what its own block has summed up so far. The first read sees the embedding alone.",
+                label,
             )
             yield Figure(
                 f"depth-map-relative{of_head}",
                 figures.relative_map(frame, layout, head, label),
                 frame[frame["head"] == head],
                 "The same weights, over the weight that a zero query gives. 1 is an even share.",
+                label,
             )
             yield Figure(
                 f"entropy{of_head}",
                 figures.entropy(entropies, layout, head, label),
                 entropies[entropies["head"] == head],
                 "Entropy of the weights of a token, in the mean over tokens. 100 % is an even share for all sources.",
+                label,
             )
             yield Figure(
                 f"mixing-matrix{of_head}",
                 figures.mixing_matrix(mixing, layout, head, label),
                 mixing[mixing["head"] == head],
                 "Row r, column i: the factor with which output i enters read r. In a standard residual all are 1.",
+                label,
             )
         chosen = _token_read(maps) if read is None else min(read, layout.num_sublayers)
         of_tokens = token_frame(maps, inspection.tokens, chosen)
@@ -112,7 +122,9 @@ def make_figures(found: Sequence[Inspection], read: int | None) -> Iterator[Figu
             f"tokens{suffix}",
             figures.tokens(of_tokens, layout, str(layout.reads[chosen]), name),
             of_tokens,
-            "Each row is a token of the text. The colour is the weight that it gave to each source, at this read.",
+            f"Each row is a token of the text. The colour is the weight that it gave to each source, at "
+            f"{layout.reads[chosen]}.",
+            name,
         )
         if inspection.parameters is not None:
             yield Figure(
@@ -120,6 +132,7 @@ def make_figures(found: Sequence[Inspection], read: int | None) -> Iterator[Figu
                 figures.parameters(inspection.parameters, layout, name),
                 inspection.parameters,
                 "Before training, queries are 0 and key norms are 1.",
+                name,
             )
         if inspection.dropped is not None:
             dropped = tables.dropped(inspection.dropped, layout)
@@ -128,26 +141,29 @@ def make_figures(found: Sequence[Inspection], read: int | None) -> Iterator[Figu
                 figures.drop_map(dropped, layout, name),
                 dropped,
                 "The source is masked out of this read alone; the weights of the others are taken without it.",
+                name,
             )
             yield Figure(
                 f"weight-and-effect{suffix}",
                 figures.drop_scatter(dropped, layout, name),
                 dropped[dropped["read"].notna()],
                 "If weights said what sources are worth, points would lie on a rising line.",
+                name,
             )
             yield Figure(
                 f"drop-block{suffix}",
                 figures.drop_blocks(dropped, layout, name),
                 dropped[dropped["read"].isna()],
                 "The source is masked out of all reads that see another one.",
+                name,
             )
     frame = tables.magnitudes({inspection.name: inspection.magnitudes for inspection in found})
     yield Figure(
         "magnitudes",
         figures.magnitudes(frame),
         frame,
-        "Written: what a decoder layer adds. Accumulated: what it adds to, with its own: the residual stream of a plain "
-        "decoder, the sum of the open block with attention over depth, which starts anew with each block.",
+        "Written: what a decoder layer adds. Accumulated: what it adds to, with its own: the residual stream of a "
+        "plain decoder, the sum of the open block with attention over depth, which starts anew with each block.",
     )
 
 
@@ -160,7 +176,12 @@ def token_frame(maps: DepthMaps, tokens: Sequence[str], read: int) -> pd.DataFra
     """The weights of the first tokens at one read, in the mean over heads."""
     layout = maps.layout
     return pd.DataFrame(
-        {"position": position, "token": visible(tokens[position]), "source": source, "name": layout.sources[source].name}
+        {
+            "position": position,
+            "token": visible(tokens[position]),
+            "source": source,
+            "name": layout.sources[source].name,
+        }
         | {"weight": float(weight)}
         for position, weights in enumerate(maps.token_weights[:TOKENS_DRAWN, :, read].mean(1))
         for source, weight in enumerate(weights)
@@ -234,24 +255,19 @@ def page(found: Sequence[Inspection], drawn: Sequence[Figure], facts: Mapping[st
         facts=facts,
         overview=sentences,
         figures=[
-            {"name": figure.name, "title": _title(figure.chart), "words": figure.words} for figure in drawn
+            {"name": figure.name, "title": figure.title(several=len(found) > 1), "words": figure.words}
+            for figure in drawn
         ],
         tokens=_table(tables.deviating_tokens(first, found[0].tokens, LINES), TOKEN_COLUMNS),
         reads=_table(
-            tables.deviating_reads(first).sort_values("spread", ascending=False, kind="stable").head(LINES), READ_COLUMNS
+            tables.deviating_reads(first).sort_values("spread", ascending=False, kind="stable").head(LINES),
+            READ_COLUMNS,
         ),
         data=base64.b64encode(packed).decode(),
         library=_script(bundle),
         script=_script((here / "report.js").read_text(encoding="utf-8")),
         style=Markup((here / "report.css").read_text(encoding="utf-8")),
     )
-
-
-def _title(chart: Any) -> str:
-    title = chart.title
-    subtitle = title.subtitle
-    parts = [subtitle] if isinstance(subtitle, str) else list(subtitle or []) if isinstance(subtitle, list) else []
-    return ": ".join([title.text, *([", ".join(parts)] if parts else [])])
 
 
 def _script(text: str) -> Markup:
@@ -280,4 +296,5 @@ def _table(frame: pd.DataFrame, columns: Columns) -> dict[str, Any]:
     if frame.empty:
         raise AnalysisError("no token was kept; the text is empty.")
     rows = [[cell(row) for _, cell in columns] for row in frame.itertuples()]
-    return {"header": [header for header, _ in columns], "rows": rows}
+    header = [name for name, _ in columns]
+    return {"header": header, "rows": rows, "is_token": header[0] == "Token"}

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .maps import DepthMaps
 from .drop_study import DropStudy
-from .layout import Layout
 from .layer_outputs import Magnitudes
+from .layout import Layout
+from .maps import DepthMaps
 
 
 def depth_map(maps: DepthMaps) -> pd.DataFrame:

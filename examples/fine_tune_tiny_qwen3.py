@@ -3,6 +3,11 @@
     attnres convert examples/tiny-qwen3 converted --block-size 2
     python examples/fine_tune_tiny_qwen3.py converted trained
 
+With `--from-scratch`, the same model starts from nothing, which takes a larger learning rate:
+
+    attnres convert examples/tiny-qwen3 converted --full --mix mean
+    python examples/fine_tune_tiny_qwen3.py converted scratch --from-scratch --steps 600 --learning-rate 4e-3
+
 The data are those of `train_tiny_qwen3.py`: the standard library of Python without the held-out files. Depth parameters
 have a learning rate of their own, because they start from zero while all other weights are trained already.
 """
@@ -41,11 +46,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4, help=f"sequences of {SEQUENCE_LENGTH} tokens per step")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the decoder's weights")
     parser.add_argument("--depth-learning-rate", type=float, default=1e-2, help="of queries and key norms")
+    parser.add_argument("--from-scratch", action="store_true", help="keep the configuration, but none of the weights")
     arguments = parser.parse_args()
 
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(arguments.source)
     model: Any = AttnResForCausalLM.from_pretrained(arguments.source, dtype=torch.float32)
+    if arguments.from_scratch:
+        model = AttnResForCausalLM(model.config).float()
     dataset = PackedDataset(tokenizer, [text for _, text in standard_library(held_out=False)])
     windows = dataset.windows.reshape(-1, SEQUENCE_LENGTH)
     optimizer = torch.optim.AdamW(

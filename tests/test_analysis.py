@@ -199,7 +199,7 @@ def test_plain_models_are_refused() -> None:
     with pytest.raises(AnalysisError, match="attnres convert"):
         depth_maps(tiny_model("qwen3"), random_tokens())
     with pytest.raises(AnalysisError, match="no token"):
-        DepthStatistics(Layout(2, 1, "sum", 2)).mean
+        assert DepthStatistics(Layout(2, 1, "sum", 2)).mean
     with pytest.raises(AnalysisError, match="with tokens"):
         depth_maps(random_model(), torch.zeros(1, 0, dtype=torch.long))
 
