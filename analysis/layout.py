@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class Layout:
     def num_blocks(self) -> int:
         return -(-self.num_sublayers // self.block_size)
 
-    @property
+    @cached_property
     def reads(self) -> tuple[Read, ...]:
         found = []
         for index in range(self.num_sublayers + 1):
@@ -132,7 +133,7 @@ class Layout:
             found.append(Read(index, kind, layer, min(index // self.block_size, self.num_blocks - 1)))
         return tuple(found)
 
-    @property
+    @cached_property
     def sources(self) -> tuple[Source, ...]:
         found = [Source(0, -1, -1, EMBEDDING, EMBEDDING)]
         for block in range(self.num_blocks):

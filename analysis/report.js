@@ -86,7 +86,7 @@
     Promise.all(checkpoints.map(async (checkpoint) => {
       checkpoint.result?.finalize();
       const cells = cellsOf(checkpoint);
-      checkpoint.result = await embed(checkpoint.chart, { ...checkpoint.spec, datasets: { cells } });
+      checkpoint.result = await embed(checkpoint.chart, { ...checkpoint.spec, datasets: { ...checkpoint.spec.datasets, cells } });
       checkpoint.result.view.addEventListener("mouseover", (event, item) => {
         if (Number.isInteger(item?.datum?.read)) choose({ read: item.datum.read });
       });
