@@ -62,7 +62,8 @@ def theme(dark: bool = False) -> dict[str, Any]:
 
 def _data(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows of a chart, rounded: a page must not be larger than what it shows."""
-    return frame.round(5)
+    floats = frame.select_dtypes("float").map(lambda value: float(f"{value:.5g}"))
+    return frame.assign(**{name: floats[name] for name in floats})
 
 
 def _title(text: str, subtitle: str | Sequence[str] = "") -> alt.TitleParams:
