@@ -250,6 +250,59 @@ def evaluate(
 
 
 @app.command()
+def inspect(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Directory of an AttnRes checkpoint, or a Hub id.", show_default=False)
+    ],
+    text: Annotated[Path | None, typer.Option(help="File to take statistics over.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Tokens to show one by one, else the first of the text.", show_default=False)
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="A second checkpoint, AttnRes or the plain source.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory to write to (NAME-inspect if not given).", show_default=False)
+    ] = None,
+    gradients: Annotated[bool, typer.Option("--gradients", help="Measure gradients too.")] = False,
+    drop_source: Annotated[
+        bool, typer.Option("--drop-source", help="Measure the loss without each source; runs the model very often.")
+    ] = False,
+    read: Annotated[int | None, typer.Option(help="Read whose tokens are drawn, from 0.", show_default=False)] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a window of the text.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 4,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights; auto: the checkpoint's, but float32 on a CPU.")] = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(help="auto: spread the model over devices.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier inspection.")] = False,
+) -> None:
+    """Show where every layer reads from: figures, their numbers, and a page to explore."""
+    from .analysis import inspect_checkpoint
+
+    output = output or Path(f"{Path(checkpoint).name}-inspect")
+    inspect_checkpoint(
+        checkpoint,
+        text=text,
+        prompt=prompt,
+        compare=compare,
+        output=output,
+        gradients=gradients,
+        drop=drop_source,
+        read=read,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        dtype=dtype,
+        device_map=device_map,
+        overwrite=overwrite,
+        console=error_console,
+    )
+    console.print(f"Written: {output / 'report.html'}, and its figures beside it.", markup=False, soft_wrap=True)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory to write to; made anew.")] = Path("demo-output"),
 ) -> None:
