@@ -119,14 +119,14 @@ def inspect_checkpoint(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console or Console(stderr=True), disable=console is None) as progress:
-        for name in (checkpoint, *([] if compare is None else [compare])):
-            model, tokenizer = _load(str(name), dtype, device_map)
+        for name in (str(checkpoint), *([] if compare is None else [str(compare)])):
+            model, tokenizer = _load(name, dtype, device_map)
             has_depth = isinstance(getattr(model.config, "depth_attention", None), dict)
             if not found and not has_depth:
                 Layout.of(model)  # raises
             if has_depth and read is not None and not 0 <= read <= model.config.num_sublayers:
                 raise AnalysisError(f"read={read} is none of the reads 0 to {model.config.num_sublayers} of {name}.")
-            label = _label(str(name), [inspection.name for inspection in found])
+            label = _label(name, [inspection.name for inspection in found])
             found.append(_inspect(model, tokenizer, label, settings, progress))
             del model
         task = progress.add_task("figures and page", total=1)
@@ -181,9 +181,9 @@ def _inspect(model: PreTrainedModel, tokenizer: Any, name: str, settings: _Setti
     if isinstance(getattr(model.config, "depth_attention", None), dict):
         task = progress.add_task(f"{name}: depth weights", total=None)
         shown = _with_progress(settings.text, progress, task)
-        batches = windows(tokenizer, shown, length, settings.batch_size, settings.max_tokens)
+        shown_windows = windows(tokenizer, shown, length, settings.batch_size, settings.max_tokens)
         statistics = DepthStatistics(Layout.of(model))
-        maps = DepthMaps.of(collect(model, batches, statistics))
+        maps = DepthMaps.of(collect(model, shown_windows, statistics))
         progress.update(task, total=1, completed=1)
         if settings.prompt and isinstance(settings.text, Path):
             of_prompt = DepthStatistics(Layout.of(model))
@@ -227,7 +227,7 @@ def _load(name: str, dtype: str, device_map: str | None) -> tuple[PreTrainedMode
     arguments: dict[str, Any] = {"dtype": dtype} | ({"device_map": device_map} if device_map else {})
     try:
         # The package's own classes serve AttnRes checkpoints, so no code that comes with one has to be run.
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **arguments)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..depth_attention import DEPTH_ATTENTION_FUNCTIONS
+from ..depth_state import DepthSettings, DepthState, Norm
 from ..rewiring import decoder_layers
 
 Look = Callable[[int, tuple[torch.Tensor, ...], "torch.Tensor | None"], None]

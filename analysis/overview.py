@@ -50,8 +50,8 @@ def of_maps(maps: DepthMaps) -> Iterator[str]:
         f"share would be {percent(maps.uniform[read])}. No other read with more than two sources takes as many times "
         "its even share from there."
     )
-    read, source = np.unravel_index(
-        np.nanargmax(np.where(np.arange(len(reads))[:, None] > 0, times, np.nan)), times.shape
+    read, source = map(
+        int, np.unravel_index(np.nanargmax(np.where(np.arange(len(reads))[:, None] > 0, times, np.nan)), times.shape)
     )
     yield (
         f"The strongest preference: {reads[read]}, takes {percent(weights[read, source])} from {sources[source]}, "

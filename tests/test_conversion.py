@@ -22,7 +22,6 @@ from attnres import AttnResConfig, AttnResForCausalLM, convert
 from attnres.conversion import ConversionError, VerificationError, converter, loading, verification
 from attnres.examples.demo import CHECKPOINT
 
-
 # The code that comes with a checkpoint: every module at the root of the package but these two.
 TRAVELLING = {path.name for path in Path(attnres.__file__).parent.glob("*.py")} - {"__init__.py", "cli.py"}
 

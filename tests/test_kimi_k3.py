@@ -484,7 +484,11 @@ BAD_DECODER: list[tuple[str, Callable[[Path], None], str]] = [
         edit_tensors(lambda ts: ts.update({"vision_tower.x": torch.ones(2)})),
         "no part of a Kimi Linear",
     ),
-    ("taken name", edit_tensors(lambda ts: ts.update({"language_model.model.depth_attention.query": torch.ones(2)})), "no p"),
+    (
+        "taken name",
+        edit_tensors(lambda ts: ts.update({"language_model.model.depth_attention.query": torch.ones(2)})),
+        "no p",
+    ),
     (
         "unknown tensor",
         edit_tensors(lambda ts: ts.update({"language_model.model.layers.3.self_attn.g_proj.weight": torch.ones(2)})),
@@ -522,7 +526,11 @@ BAD_EXPORT: list[tuple[str, Callable[[Path], None], str]] = [
     ("quantised", edit_config(quantization_config={"quant_method": "fp8"}), "quantised weights"),
     ("no configuration", edit_config(layer_types=3), "make no kimi_linear configuration"),
     ("block size", edit_config("depth_attention", block_size="4"), "block_size='4'"),
-    ("no depth", edit_tensors(lambda ts: ts.pop("model.depth_attention.query")), "lacks 1 tensors .*depth_attention.query"),
+    (
+        "no depth",
+        edit_tensors(lambda ts: ts.pop("model.depth_attention.query")),
+        "lacks 1 tensors .*depth_attention.query",
+    ),
     (
         "wrong depth",
         edit_tensors(lambda ts: ts.update({"model.depth_attention.query": torch.ones(3, 32)})),
