@@ -38,7 +38,7 @@ from ..model_cards.card import CARD, build_card, inherited_metadata
 from . import formats
 from .errors import ConversionError
 from .loading import DepthNames, depth_names
-from .source import DEPTH_SHARD, Source, check_sizes, open_source, read_headers
+from .source import DEPTH_SHARD, Source, check_names_free, check_sizes, open_source, read_headers
 from .tokenizer import pin_tokenizer, write_generation_config
 from .verification import VERIFICATION_MODES, Verification, check_complete, compare
 
@@ -342,6 +342,7 @@ def _rewrite_pickles(source: Source, stage: Path) -> tuple[Source, int]:
         )
     shards = tuple(sorted(set(tensors.values())))
     infos = read_headers(stage, shards, tensors)
+    check_names_free(source.directory, {name: source.tensors.get(name, source.pickles[0]) for name in tensors})
     check_sizes(source.directory, source.config, infos)
     return replace(source, shards=shards, tensors=tensors, infos=infos), written
 

@@ -161,7 +161,7 @@ def export_checkpoint(source: str | os.PathLike, destination: str | os.PathLike)
             )
         old_names[new_name] = name
     depth_attention = DepthAttention(config.num_reads, config.hidden_size)
-    parameters = {entry: _read_tensor(checkpoint, name) for entry, name in DEPTH_NAMES._asdict().items()}
+    parameters = {entry: upcast(_read_tensor(checkpoint, name)) for entry, name in DEPTH_NAMES._asdict().items()}
     depth_attention.load_state_dict(parameters, assign=True)
 
     with staging(target) as stage:

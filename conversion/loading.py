@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,13 @@ import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.utils import logging
 
 from ..configuration_attnres import AttnResConfig, AttnResError
@@ -122,6 +129,37 @@ def depth_names(config: AttnResConfig, source: str) -> DepthNames:
         raise ConversionError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
     tensors = {name: tensor for name, tensor in model.state_dict().items() if DEPTH_MODULE in name.split(".")}
     return DepthNames(*sorted(revert_weight_conversion(model, tensors)))
+
+
+def check_names_apart(model: PreTrainedModel, names: Iterable[str], source: str) -> None:
+    """Checks that no two tensors of a checkpoint are loaded into the same one of the model. Loading would take the last.
+
+    Args:
+        model (`PreTrainedModel`): of the checkpoint; it needs no weights.
+        names (iterable of `str`): the names of the tensors of the checkpoint.
+        source (`str`): what errors call the checkpoint.
+
+    Raises:
+        ConversionError: two are; the message names them.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix, parameters = model.base_model_prefix, model.state_dict()
+    taken: defaultdict[str, dict[str, str]] = defaultdict(dict)  # by parameter, then by the part of it; "" is all of it
+    for name in sorted(names):
+        parameter, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        if parameter not in parameters:
+            continue
+        parts = taken[parameter]
+        part = "" if pattern is None else rename_source_key(name, renamings, [])[0].removeprefix(f"{prefix}.")
+        others = [other for other in parts if "" in (part, other) or part == other]
+        if others:
+            raise ConversionError(
+                f"{source} holds {name!r} and {parts[others[0]]!r}, which are loaded into the same parameter "
+                f"{parameter!r}; remove the wrong one."
+            )
+        parts[part] = name
 
 
 def meta_tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -146,9 +146,8 @@ def open_source(source: str | os.PathLike, revision: str | None = None, allow_pi
     shards, tensors = read_index(directory, allow_pickle)
     pickles = tuple(shard for shard in shards if shard.endswith(".bin"))
     infos = {} if pickles else read_headers(directory, shards, tensors)
-    if taken := [name for name in infos if DEPTH_MODULE in name.split(".") or tensors[name] == DEPTH_SHARD]:
-        raise ConversionError(f"{directory / tensors[taken[0]]} holds {_repr(taken[0])}, a name that AttnRes needs.")
     if not pickles:
+        check_names_free(directory, tensors)
         check_sizes(directory, config, infos)
     name = directory.resolve().name if Path(source).exists() else str(source)
     shards = () if pickles else shards
@@ -241,6 +240,13 @@ def _check_num_layers(config_file: Path, config_dict: dict[str, Any]) -> None:
             )
 
 
+def check_names_free(directory: Path, tensors: dict[str, str]) -> None:
+    """Refuses tensors, or a shard, of a name that the depth parameters get."""
+    for name, shard in tensors.items():
+        if DEPTH_MODULE in name.split(".") or shard == DEPTH_SHARD:
+            raise ConversionError(f"{directory / shard} holds {_repr(name)}, a name that AttnRes needs.")
+
+
 def check_sizes(directory: Path, config: PreTrainedConfig, infos: dict[str, TensorInfo]) -> None:
     """Refuses sizes far beyond those of the tensors, before a model of these sizes is made."""
     config_file = directory / "config.json"
@@ -250,6 +256,10 @@ def check_sizes(directory: Path, config: PreTrainedConfig, infos: dict[str, Tens
         )
     if not any(config.hidden_size in info.shape for info in infos.values()):
         raise ConversionError(f"{config_file}: hidden_size={_repr(config.hidden_size)}, but no tensor has that size.")
+    for field, value in config.to_dict().items():
+        # Limits of a time step may be infinite.
+        if isinstance(value, float) and not math.isfinite(value) and not field.startswith("time_step"):
+            raise ConversionError(f"{config_file}: {field}={value}; a finite number was expected.")
     largest = max(MAX_UNUSED, *(max(info.shape, default=0) for info in infos.values()))
     for field, value in config.to_dict().items():
         if (field.startswith("num_") or field.endswith("_dim")) and isinstance(value, int) and value > largest:

@@ -17,7 +17,15 @@ from ..modeling_attnres import AttnResForCausalLM
 from ..rewiring import decoder_layers
 from . import formats
 from .errors import ConversionError, VerificationError
-from .loading import available_memory, depth_names, load, load_layer_by_layer, meta_tensors, needed_memory
+from .loading import (
+    available_memory,
+    check_names_apart,
+    depth_names,
+    load,
+    load_layer_by_layer,
+    meta_tensors,
+    needed_memory,
+)
 from .source import DEPTH_SHARD, Source
 from .tokenizer import TEXTS, load_tokenizer
 
@@ -66,13 +74,45 @@ def check_complete(source: Source, converted: Path) -> None:
     Where a quantiser cannot be asked, the tensors that it would take are told by their modules' own being missing.
 
     Raises:
-        ConversionError: tensors are missing, or have other shapes than the configuration says.
+        ConversionError: tensors are missing, have other shapes than the configuration says, or stand for the same one.
+        VerificationError: the result cannot be run where the source can.
     """
     config: PreTrainedConfig = AttnResConfig.from_pretrained(converted)
     if is_stored := not formats.loads_on_meta(source.config):
         config = formats.unquantized(config)
     tensors = converted if formats.quantization_method(config) else meta_tensors(converted)
     load(AttnResForCausalLM, config, str(source.directory), tensors, device="meta", as_stored=is_stored)
+    original = formats.meta_model(source.config)
+    check_names_apart(original, source.tensors, str(source.directory))
+    _check_runs(original, config, source.name)
+
+
+@torch.no_grad()
+def _check_runs(original: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
+    """Runs source and result without weights, and refuses a result that cannot be run where the source can.
+
+    Raises:
+        VerificationError: the result cannot be run, or its logits have another shape.
+    """
+    input_ids = torch.zeros(2, 9, dtype=torch.long, device="meta")
+    try:
+        expected = original.eval()(input_ids=input_ids, use_cache=False).logits.shape
+    except Exception:  # some forwards depend on values, which there are none of
+        return
+    try:
+        with torch.device("meta"):
+            result = AttnResForCausalLM(formats.unquantized(config)).eval()
+        actual = result(input_ids=input_ids, use_cache=False).logits.shape
+    except Exception as error:  # a wrong number of reads, for one
+        raise VerificationError(
+            f"the model of {name} runs, and the converted one does not: {type(error).__name__}: {error} Nothing was "
+            "delivered."
+        ) from error
+    if actual != expected:
+        raise VerificationError(
+            f"the converted checkpoint differs from {name}: its logits are of shape {list(actual)}, not of "
+            f"{list(expected)}. Nothing was delivered."
+        )
 
 
 def compare(source: Source, converted: Path, config: AttnResConfig, mode: str) -> Verification:
@@ -129,7 +169,10 @@ def _compare_in(dtype: torch.dtype, source: Source, converted: Path, config: Att
         source.directory,
         dtype,
     )
+    if mode == "full":
+        _check_finite(original, source.name)
     expected = _logits(original, sequences)
+    _check_informative(expected, source.name)
     del original
 
     truncated = truncate(config, num_layers)
@@ -160,6 +203,29 @@ def _logits(model: PreTrainedModel, sequences: list[torch.Tensor]) -> list[torch
     except Exception as error:  # a configuration that can be loaded need not be one that can be run
         raise ConversionError(f"{model.config.model_type} model cannot be run: {error}") from error
     return [row[: len(ids)] for row, ids in zip(logits, sequences)]
+
+
+def _check_finite(model: PreTrainedModel, name: str) -> None:
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ConversionError(
+                f"{name}: tensor {parameter_name!r} holds values that are not finite (NaN or infinity), so there is "
+                "nothing to compare with. Fetch or train the checkpoint again."
+            )
+
+
+def _check_informative(logits: list[torch.Tensor], name: str) -> None:
+    """Refuses logits of the source with which any result would agree, or none."""
+    if not all(row.isfinite().all() for row in logits):
+        what = "are not finite (NaN or infinity)"
+    elif all(bool((row == logits[0][0, 0]).all()) for row in logits):
+        what = f"are all {logits[0][0, 0].item():g}"
+    else:
+        return
+    raise ConversionError(
+        f"{name}: the logits of its model {what}, so there is nothing to compare with. Look at its config.json and its "
+        "weights."
+    )
 
 
 def truncate(config: Config, num_layers: int) -> Config:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import attnres
 from attnres import AttnResConfig, AttnResForCausalLM, convert
+from attnres.backbones import SUPPORTED, Backbone
 from attnres.conversion import ConversionError, VerificationError, converter, loading, verification
 from attnres.examples.demo import CHECKPOINT
 
@@ -253,6 +254,19 @@ def test_a_checkpoint_that_differs_is_not_delivered(source: Path, mode: str, mon
     with pytest.raises(VerificationError, match="differs from source: largest logit difference"):
         convert(source, source.parent / "converted", verify=mode)
     assert snapshot(source.parent).keys() == before.keys()
+
+
+@pytest.mark.parametrize("wrong", [Backbone(1), Backbone(3), Backbone(lambda config: 4)], ids=["1", "3", "4"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mistral"])
+def test_shapes_are_run_without_weights(
+    family: str, wrong: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing else is verified: here the package counts another number of sublayers than there are."""
+    source = make_source(tmp_path / "source", family)
+    monkeypatch.setitem(SUPPORTED, family, wrong)
+    with pytest.raises(VerificationError, match="the model of source runs, and the converted one does not"):
+        convert(source, tmp_path / "converted", verify="none")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_wrong_queries_are_not_delivered(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -543,6 +543,12 @@ BAD_PICKLES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a state dict in another", lambda path: torch.save({"model": {"a": torch.ones(2)}}, path), "'model' is a dict"),
     ("sparse", lambda path: torch.save({"a": torch.ones(2, 2).to_sparse()}, path), "dense tensor was expected"),
     ("another model", lambda path: torch.save({"a": torch.ones(2)}, path), "only 1 tensors"),
+    ("depth", lambda path: torch.save({"depth_attention.query": torch.ones(2)}, path), "a name that AttnRes needs"),
+    (
+        "depth beside the weights",
+        lambda path: torch.save({**torch.load(path), "model.depth_attention.key_norm": torch.ones(9, 32)}, path),
+        "a name that AttnRes needs",
+    ),
 ]
 
 

@@ -266,6 +266,48 @@ NO_INDEX = "index.json is not readable JSON: "
 ONE, MANY = False, True  # one file of weights, or several and an index
 FULL = {"verify": "full"}
 
+
+
+def add_tensor(name: str, like: str = "model.layers.1.mlp.up_proj.weight", scale: float = 3.0) -> Damage:
+    return change_tensors(lambda tensors: tensors.update({name: scale * tensors[like]}))
+
+
+def fill(value: float, name: str = NORM) -> Damage:
+    return change_tensors(lambda tensors: tensors[name].view(-1)[:1].fill_(value))
+
+
+def zero(*names: str) -> Damage:
+    return change_tensors(lambda tensors: [tensors[name].zero_() for name in names])
+
+
+EMBEDDING = "model.embed_tokens.weight"
+UP = "model.layers.1.mlp.up_proj.weight"
+SAME = "are loaded into the same parameter"
+CONSTANT = "the logits of its model are all 0"
+
+# What would be delivered, and computes something else than its source, or nothing that could be compared.
+WRONG_RESULTS: list[tuple[str, bool, Damage, str, dict[str, Any]]] = [
+    ("a tensor without the prefix too", ONE, add_tensor("layers.1.mlp.up_proj.weight"), SAME, {}),
+    ("the norm without the prefix too", ONE, add_tensor("norm.weight", NORM), SAME, {}),
+    ("the embedding without the prefix too", ONE, add_tensor("embed_tokens.weight", EMBEDDING), SAME, {}),
+    ("a q_proj twice, whole", ONE, add_tensor("layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"), SAME, FULL),
+    ("a k_norm twice", ONE, add_tensor("layers.3.self_attn.k_norm.weight", "model.layers.3.self_attn.k_norm.weight"), SAME, {}),
+    ("epsilon infinite", ONE, edit_config(rms_norm_eps=float("inf")), "config.json: rms_norm_eps=inf", {}),
+    ("epsilon minus infinity", ONE, edit_config(rms_norm_eps=-float("inf")), "rms_norm_eps=-inf", {}),
+    ("spread not a number", ONE, edit_config(initializer_range=float("nan")), "initializer_range=nan", {}),
+    ("epsilon vast", ONE, edit_config(rms_norm_eps=1e300), CONSTANT, FULL),
+    ("epsilon negative", ONE, edit_config(rms_norm_eps=-1e9), "are not finite", FULL),
+    ("norm of zeros", ONE, zero(NORM), CONSTANT, FULL),
+    ("norm of zeros, sample", ONE, zero(NORM), CONSTANT, {"verify": "sample", "block_size": 1}),
+    ("embedding and head of zeros", ONE, zero(EMBEDDING), CONSTANT, FULL),
+    ("one weight infinite", ONE, fill(float("inf"), UP), f"tensor '{UP}' holds values that are not finite", FULL),
+    ("one weight not a number", ONE, fill(float("nan"), UP), f"tensor '{UP}' holds values that are", FULL),
+    ("an unread embedding not a number", ONE, fill(float("nan"), EMBEDDING), "holds values that are not", FULL),
+    ("one weight infinite, sample", ONE, fill(float("inf"), UP), "are not finite", {"verify": "sample"}),
+    ("depth below a layer", ONE, rename_tensor("model.layers.0.depth_attention.query"), "a name that AttnRes", {}),
+    ("depth as on disk", ONE, rename_tensor("model.depth_attention.key_norm"), "a name that AttnRes needs", {}),
+]
+
 # name, sharded source?, what happens to the source, what the message says, arguments of convert beside verify="none"
 BAD_INPUT: list[tuple[str, bool, Damage, str, dict[str, Any]]] = [
     # the directory
@@ -366,7 +408,7 @@ BAD_INPUT: list[tuple[str, bool, Damage, str, dict[str, Any]]] = [
     ("heads a billion wide", ONE, edit_config(head_dim=10**9), "config.json: head_dim=1000000000", {}),
     ("a billion heads", ONE, edit_config(num_attention_heads=10**9), "config.json: num_attention_heads=10000", {}),
     ("padding beyond the vocabulary", ONE, edit_config(pad_token_id=1000), "source cannot be loaded", {}),
-    ("epsilon not a number", ONE, edit_config(rms_norm_eps=float("nan")), "differs from source.*nan", FULL),
+    ("epsilon not a number", ONE, edit_config(rms_norm_eps=float("nan")), "config.json: rms_norm_eps=nan", {}),
     ("dtype of integers", ONE, edit_config(dtype="int8"), "config.json: dtype=.*floating-point dtype", {}),
     ("dtype a list", ONE, edit_config(dtype=[]), "config.json makes no qwen3 configuration", {}),
     ("layer_types a number", ONE, edit_config(layer_types=7), "config.json.*layer_types", {}),
@@ -537,9 +579,10 @@ BAD_INPUT: list[tuple[str, bool, Damage, str, dict[str, Any]]] = [
         "weights not numbers",
         ONE,
         change_tensors(lambda t: t[NORM].fill_(float("nan"))),
-        "differs from source.*nan",
+        "tensor 'model.norm.weight' holds values that are not finite",
         FULL,
     ),
+    *WRONG_RESULTS,
     # what comes along
     ("tokenizer a link out", ONE, replace_by("tokenizer.json", link_out), "tokenizer.json is a link out of", {}),
     ("licence a link out", ONE, replace_by("LICENSE", link_to("/etc/passwd")), "LICENSE is a link out of", {}),
