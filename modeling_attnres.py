@@ -291,6 +291,14 @@ MODEL_CLASSES = (
 )
 
 
+class _RecordsAsBackbone(type):
+    """The library looks up what a model can record (router logits, hidden states) by `str` of its class. All AttnRes
+    models of one kind bear one name, and the base model has another class when it is made. So the backbone answers."""
+
+    def __str__(cls) -> str:
+        return str(cls.backbone_class)  # type: ignore[attr-defined]
+
+
 @cache
 def model_class_of(
     kind: type[AttnResPreTrainedModel], backbone_class: type[PreTrainedModel], config_class: type[AttnResConfig]
@@ -317,7 +325,7 @@ def model_class_of(
     if method is not None and hasattr(backbone_class, method):
         namespace[method] = _keep_all_positions
     _share_conversions(backbone_class.__name__, config_class.model_type)
-    return type(kind.__name__, (kind, backbone_class), namespace)
+    return _RecordsAsBackbone(kind.__name__, (kind, backbone_class), namespace)
 
 
 def _share_conversions(class_name: str, model_type: str) -> None:
