@@ -163,6 +163,9 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_gradient_checkpointing_func" and getattr(value, "func", None) is not checkpoint_apart:
             value = partial(checkpoint_apart, value)
+        if isinstance(value, nn.Module) and name in self._modules:
+            # An engine puts a module of its own in the place of a child. A norm in plain torch would scale the stream.
+            _rewire_child(value, may_fuse=False)
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
