@@ -29,7 +29,7 @@ def test_load_checkpoint_and_dispatch(family: str, tmp_path: Path) -> None:
         with init_empty_weights():
             empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
         empty.tie_weights()
-        device_map = {"": "cpu"} | {name: "disk" for name in ("model.layers.1", "model.layers.2")}
+        device_map = {"": "cpu"} | dict.fromkeys(("model.layers.1", "model.layers.2"), "disk")
         loaded = load_checkpoint_and_dispatch(
             empty, directory, device_map=split(device_map), offload_folder=tmp_path / "offload"
         )
@@ -39,7 +39,7 @@ def test_load_checkpoint_and_dispatch(family: str, tmp_path: Path) -> None:
 
 def split(device_map: dict[str, str]) -> dict[str, str]:
     """Accelerate wants each module to be named once."""
-    others = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    others = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     layers = {f"model.layers.{i}": device_map.get(f"model.layers.{i}", "cpu") for i in range(4)}
     return others | layers | {"model.depth_attention": "cpu"}
 

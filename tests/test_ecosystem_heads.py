@@ -52,11 +52,9 @@ def outputs_of(model: Any, input_ids: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("head", HEADS)
 def test_outputs_are_those_of_the_plain_model(head: str, family: str, tmp_path: Path) -> None:
     auto_class, our_class = HEADS[head]
-    try:
-        plain = plain_head(head, family, tmp_path / "plain")
-    except ValueError as error:
-        assert "Unrecognized configuration class" in str(error), "the plain model has no such head"
+    if type(tiny_config(family)) not in auto_class._model_mapping:
         pytest.skip(f"{family} has no such head")
+    plain = plain_head(head, family, tmp_path / "plain")
     input_ids = random_tokens()
     ours, info = our_class.from_pretrained(tmp_path / "plain", num_blocks=3, output_loading_info=True)
     assert all("depth_attention" in name for name in info["missing_keys"])
