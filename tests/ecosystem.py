@@ -12,15 +12,17 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+if TYPE_CHECKING:  # vLLM's environment has no Trainer
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "ecosystem.md"
 CONSTRAINTS = HERE.parent / "constraints.txt"
-VLLM_REQUIREMENTS = HERE / "vllm" / "requirements.txt"
+VLLM_REQUIREMENTS = HERE / "with_vllm" / "requirements.txt"
 BEGIN, END = "<!-- table: made by tests/ecosystem.py -->", "<!-- end of the table -->"
 
 # The package of each tool, by the name that the table gives it; the order is the order of the table.
@@ -77,7 +79,7 @@ def row(tool: str, *whats: str, result: str = "works") -> Callable[[F], F]:
 
 def table() -> str:
     """The table of all rows, in Markdown; reads every test file that has some."""
-    files = [*HERE.glob("test_ecosystem_*.py"), *(HERE / "vllm").glob("test_*.py")]
+    files = [*HERE.glob("test_ecosystem_*.py"), *(HERE / "with_vllm").glob("test_*.py")]
     ROWS.clear()
     for file in sorted(files):
         spec = importlib.util.spec_from_file_location(f"rows_of_{file.stem}", file)
@@ -114,6 +116,8 @@ def freeze_depth(model: Any) -> Any:
 
 
 def training_arguments(output: Path, **overrides: Any) -> TrainingArguments:
+    from transformers import TrainingArguments
+
     defaults: dict[str, Any] = dict(
         output_dir=str(output),
         per_device_train_batch_size=4,
@@ -135,6 +139,8 @@ def losses_of(trainer: Any) -> torch.Tensor:
 
 def train(model: PreTrainedModel, output: Path, data: Any, resume: bool = False, **overrides: Any) -> Trainer:
     """Trains a model with the Trainer of Transformers on tiny data."""
+    from transformers import Trainer
+
     others = {name: overrides.pop(name) for name in ("eval_dataset", "data_collator") if name in overrides}
     torch.manual_seed(0)
     trainer = Trainer(model=model, args=training_arguments(output, **overrides), train_dataset=data, **others)

@@ -21,7 +21,7 @@ TINY_QWEN3 = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
 NEW_TOKENS = 24
 COMMON = dict(
     vocab_size=512,
-    hidden_size=64,
+    hidden_size=128,
     intermediate_size=128,
     num_hidden_layers=4,
     num_attention_heads=4,
@@ -46,10 +46,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         topk_group=1,
         first_k_dense_replace=1,
         num_key_value_heads=4,
-        kv_lora_rank=64,
+        kv_lora_rank=512,  # vLLM's MLA takes 512 + 64
         q_lora_rank=32,
-        qk_rope_head_dim=32,
-        qk_nope_head_dim=32,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=64,
         v_head_dim=64,
     ),
 }
@@ -108,6 +108,7 @@ def main(output: Path) -> None:
     """For each model: `plain/NAME`, `converted/NAME` (zero queries), `random/NAME`; and tokens.json."""
     shutil.rmtree(output, ignore_errors=True)
     tokens: dict[str, list[list[int]]] = {}
+    asked: dict[str, list[list[int]]] = {}
     for name in ("tiny-qwen3", *FAMILIES):
         plain = output / "plain" / name
         if name == "tiny-qwen3":
@@ -123,7 +124,9 @@ def main(output: Path) -> None:
             tokens[f"{kind}/{name}"] = generated(output / kind / name)
         assert tokens[f"converted/{name}"] == tokens[f"plain/{name}"], name
         assert tokens[f"random/{name}"] != tokens[f"plain/{name}"], name
-    (output / "tokens.json").write_text(json.dumps(tokens, indent=1) + "\n", encoding="utf-8")
+        asked[name] = prompts(json.loads((plain / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+    content = json.dumps({"prompts": asked, "tokens": tokens})
+    (output / "tokens.json").write_text(content + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
