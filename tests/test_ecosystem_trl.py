@@ -89,7 +89,9 @@ def dialogues() -> Any:
 
 
 def completions() -> Any:
-    return datasets.Dataset.from_dict({"prompt": [line[:6] for line in LINES] * 4, "completion": [line[6:] for line in LINES] * 4})
+    return datasets.Dataset.from_dict(
+        {"prompt": [line[:6] for line in LINES] * 4, "completion": [line[6:] for line in LINES] * 4}
+    )
 
 
 def preferences() -> Any:

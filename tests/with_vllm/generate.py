@@ -13,14 +13,17 @@ def main(output: Path, model: str, prompts: list[list[int]], new_tokens: int, op
     from vllm import LLM, SamplingParams
 
     repeats = options.pop("repeats", 1)
-    options = dict(
-        dtype="float32",
-        max_model_len=256,
-        max_num_batched_tokens=32,  # long prompts are prefilled in chunks
-        enable_chunked_prefill=True,
-        enable_prefix_caching=True,
-        trust_remote_code=True,
-    ) | options
+    options = (
+        dict(
+            dtype="float32",
+            max_model_len=256,
+            max_num_batched_tokens=32,  # long prompts are prefilled in chunks
+            enable_chunked_prefill=True,
+            enable_prefix_caching=True,
+            trust_remote_code=True,
+        )
+        | options
+    )
     llm = LLM(model, **options)
     parameters = SamplingParams(temperature=0, max_tokens=new_tokens, min_tokens=new_tokens, ignore_eos=True)
     found = []

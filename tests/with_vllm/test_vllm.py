@@ -25,7 +25,6 @@ HERE = Path(__file__).parent
 MODELS = Path(os.environ.get("ATTNRES_VLLM_MODELS", "missing"))
 NEW_TOKENS = 24
 EAGER = dict(enforce_eager=True)
-PLAIN = dict(model_impl="transformers")  # what vLLM runs the plain model with, to compare like with like
 
 pytestmark = [
     pytest.mark.skipif(not (MODELS / "tokens.json").is_file(), reason="`make test-vllm` runs this"),
@@ -75,6 +74,11 @@ def test_gemma2(tmp_path: Path) -> None:
     assert_tokens(tmp_path, "random/gemma2", **EAGER)
 
 
+@row("vLLM", "DeepSeek-V3, random queries: fused multi-head latent attention and experts")
+def test_latent_attention(tmp_path: Path) -> None:
+    assert_tokens(tmp_path, "random/deepseek_v3", **EAGER)
+
+
 @row("vLLM", "Qwen3, random queries, compiled")
 def test_compiled(tmp_path: Path) -> None:
     assert_tokens(tmp_path, "random/tiny-qwen3")
@@ -85,7 +89,7 @@ def test_tensor_parallel(tmp_path: Path) -> None:
     assert_tokens(tmp_path, "random/tiny-qwen3", tensor_parallel_size=2, **EAGER)
 
 
-# -- vllm serve and the client of OpenAI ---------------------------------------------------------------------------------
+# -- vllm serve and the client of OpenAI -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -128,18 +132,15 @@ def test_openai_client(server: str) -> None:
         assert "".join(part.choices[0].text for part in stream) == completion.choices[0].text
 
 
-# -- what vLLM's Transformers backend does not do, for the plain model neither -------------------------------------------
+# -- what vLLM's Transformers backend does not do on a CPU, for the plain model neither --------------------------------
 
 
-@row("vLLM", "DeepSeek-V3, multi-head latent attention", result="see docs/serving.md")
-def test_latent_attention(tmp_path: Path) -> None:
-    check_beside_the_plain_model(tmp_path, "deepseek_v3", **EAGER)
-
-
-@row("vLLM", "`pipeline_parallel_size=2`", result="see docs/serving.md")
-def test_pipeline_parallel(tmp_path: Path) -> None:
-    check_beside_the_plain_model(tmp_path, "tiny-qwen3", pipeline_parallel_size=2, **EAGER)
-
-
-def check_beside_the_plain_model(tmp_path: Path, name: str, **options: Any) -> None:
-    raise NotImplementedError
+@row(
+    "vLLM",
+    "`pipeline_parallel_size=2`",
+    result="refused (`AttnResError`); the plain model fails too, with `model_impl='transformers'`",
+)
+def test_pipeline_parallel_fails_for_the_plain_model_too(tmp_path: Path) -> None:
+    found, log = run(tmp_path, "plain/tiny-qwen3", pipeline_parallel_size=2, model_impl="transformers", **EAGER)
+    assert found is None, "the plain model works now, so ours has to"
+    assert "AssertionError" in log
