@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from ecosystem import assert_same_training, freeze_depth, losses_of, row
@@ -14,8 +15,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from attnres import AttnResForCausalLM
 from attnres.modeling_attnres import AttnResForSequenceClassification
 
-trl = pytest.importorskip("trl", reason="TRL is in the extra `ecosystem`")
-datasets = pytest.importorskip("datasets")
+try:
+    import trl
+except ModuleNotFoundError:
+    trl = None
+
+pytestmark = pytest.mark.skipif(trl is None, reason="TRL is in the extra `ecosystem`")
 
 SOURCE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 LINES = ["def add(a, b): return a + b", "import os", "for i in range(3): print(i)", "class A: pass"]
