@@ -206,6 +206,10 @@ def evaluate(
     unsafe_code: Annotated[
         bool, typer.Option("--unsafe-code", help="Run programs of the model even where there is no sandbox.")
     ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Directory of data sets, each in a folder of its name on the Hub.", show_default=False),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only try whether the tasks can be run here.")] = False,
 ) -> None:
     """Score a model on the paper's benchmarks, beside the model it came from."""
@@ -214,7 +218,7 @@ def evaluate(
     if not state["debug"]:
         evaluation.quiet()
     if check:
-        found = evaluation.check(evaluation.select(tasks), unsafe_code)
+        found = evaluation.check(evaluation.select(tasks), unsafe_code, data)
         for access in found:
             console.print(access.line, style=None if access.tasks else "yellow", markup=False, soft_wrap=True)
         raise typer.Exit(0 if all(access.tasks for access in found) else 1)
@@ -238,6 +242,7 @@ def evaluate(
         model_args=model_args,
         trust_remote_code=trust_remote_code,
         unsafe_code=unsafe_code,
+        data=data,
     )
     if report is None:  # not the first of several processes
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from datasets import config as datasets_config
 from datasets.exceptions import DatasetNotFoundError
@@ -42,12 +43,13 @@ class Access:
         return f"{self.benchmark.task}: {state}" + (f". To mend it: {self.remedy}" if self.remedy else "")
 
 
-def check(benchmarks: Iterable[Benchmark], unsafe_code: bool = False) -> list[Access]:
+def check(benchmarks: Iterable[Benchmark], unsafe_code: bool = False, data: Path | None = None) -> list[Access]:
     """Loads each benchmark as a run would, with its data, which are then cached; needs no model.
 
     Args:
         benchmarks (iterable of `Benchmark`): what to load.
         unsafe_code (`bool`, *optional*, defaults to `False`): run what a model wrote where there is no sandbox too.
+        data (`Path`, *optional*): directory of data sets, each in a folder of its name on the Hub.
 
     Returns:
         `list[Access]`: one for each benchmark.
@@ -55,7 +57,7 @@ def check(benchmarks: Iterable[Benchmark], unsafe_code: bool = False) -> list[Ac
     found = []
     for benchmark in benchmarks:
         try:
-            found.append(Access(benchmark, load(benchmark, unsafe_code)))
+            found.append(Access(benchmark, load(benchmark, unsafe_code, data)))
         except Exception as error:  # any failure of one task leaves the others to run, and is reported
             found.append(Access(benchmark, None, *explain(error, benchmark)))
     return found
@@ -79,7 +81,7 @@ def explain(error: Exception, benchmark: Benchmark) -> tuple[str, str]:
     if isinstance(error, AttnResError):
         return message, ""
     if isinstance(error, ImportError):
-        return f"a package is missing ({message[:200]})", 'pip install "attnres[eval]"'
+        return f"a package is missing ({message[:200]})", 'from a clone of the repository: pip install ".[eval]"'
     if isinstance(error, DatasetNotFoundError) and "gated" in message:
         return f"data set {dataset} is gated", gated
     if isinstance(error, DatasetNotFoundError):
@@ -88,7 +90,8 @@ def explain(error: Exception, benchmark: Benchmark) -> tuple[str, str]:
         terms = f" (it is gated: {gated})" if dataset in GATED else ""
         if constants.HF_HUB_OFFLINE or datasets_config.HF_HUB_OFFLINE:
             return f"data set {dataset} is not cached, and HF_HUB_OFFLINE is set{terms}", f"HF_HUB_OFFLINE=0 {fetch}"
-        copy = f"where there is one, run: {fetch}; and copy {constants.HF_HOME} from there"
+        download = f"hf download {dataset} --repo-type dataset --local-dir DIR/{dataset}"
+        copy = f"where there is one, run: {download}; bring DIR here, and give --data DIR"
         return f"data set {dataset} is not cached, and there is no network{terms}", copy
     return f"{type(error).__name__}: {message[:200]}", f"attnres --debug eval --check --tasks {benchmark.task}"
 

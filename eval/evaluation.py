@@ -54,6 +54,7 @@ def evaluate(
     model_args: str | Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     unsafe_code: bool = False,
+    data: str | os.PathLike[str] | None = None,
 ) -> Report | None:
     """Evaluates a model on the benchmarks of the paper, beside the model it came from.
 
@@ -84,6 +85,8 @@ def evaluate(
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that comes with a checkpoint. AttnRes
             checkpoints need none where this package is installed.
         unsafe_code (`bool`, *optional*, defaults to `False`): run what a model wrote even where there is no sandbox.
+        data (`str` or `PathLike`, *optional*): directory of data sets, for a machine without network: that of the Hub's
+            `openai/openai_humaneval` is in `data/openai/openai_humaneval`.
 
     Returns:
         [`Report`]: the scores; `None` on all but the first process of several.
@@ -111,6 +114,7 @@ def evaluate(
         "model_args": _arguments(model_args),
         "trust_remote_code": trust_remote_code,
         "seed": SEED,
+        "data": None if data is None else str(data),
     }
     _check_arguments(settings)
     directory = Path(output) if output is not None else Path(f"{Path(model).name}-eval")
@@ -118,7 +122,7 @@ def evaluate(
     if is_first:
         _check_directory(directory, settings, resume)
 
-    found = check(benchmarks, unsafe_code)
+    found = check(benchmarks, unsafe_code, None if data is None else Path(data))
     missing = [Missing(a.benchmark.task, a.problem, a.remedy) for a in found if a.tasks is None]
     ready = [(a.benchmark, a.tasks) for a in found if a.tasks is not None]
     if not ready:
@@ -162,6 +166,8 @@ def _check_arguments(settings: Mapping[str, Any]) -> None:
     size = settings["batch_size"]
     if not str(size).startswith("auto") and not (str(size).isdigit() and int(size) > 0):
         raise EvaluationError(f"batch_size={size!r} is none; give a number of sequences, or auto.")
+    if settings["data"] is not None and not Path(settings["data"]).is_dir():
+        raise EvaluationError(f"--data {settings['data']} is no directory.")
     try:
         get_model(settings["backend"])
     except (KeyError, ValueError) as error:

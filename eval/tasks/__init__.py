@@ -51,12 +51,13 @@ def task_manager(folders: tuple[str, ...] | None) -> TaskManager:
     return TaskManager(include_path=[*paths, HERE], include_defaults=folders is None)
 
 
-def load(benchmark: Benchmark, unsafe_code: bool = False) -> TaskDict:
+def load(benchmark: Benchmark, unsafe_code: bool = False, data: Path | None = None) -> TaskDict:
     """Loads the tasks of a benchmark, data included, ready to be run for any number of models.
 
     Args:
         benchmark (`Benchmark`): what to load.
         unsafe_code (`bool`, *optional*, defaults to `False`): run what a model wrote where there is no sandbox too.
+        data (`Path`, *optional*): directory of data sets, see [`data_in`].
 
     Returns:
         `dict`: `tasks`, `groups` and `group_map`, as `TaskManager.load` gives them.
@@ -70,7 +71,7 @@ def load(benchmark: Benchmark, unsafe_code: bool = False) -> TaskDict:
     if not benchmark.is_sample and benchmark.task not in manager.task_index:
         raise EvaluationError(f"lm-evaluation-harness has no task {benchmark.task!r}; list them: lm-eval ls tasks")
     random.seed(SEED)  # GPQA shuffles its choices while loading
-    with code_eval_in_sandbox(unsafe_code):
+    with code_eval_in_sandbox(unsafe_code), data_in(data):
         loaded = _load_sample(benchmark, manager) if benchmark.is_sample else manager.load([benchmark.task])
     for name, task in loaded["tasks"].items():
         entry = manager.task_index.get(name.removeprefix("sample_"))
@@ -111,6 +112,32 @@ def _sample_task(entry: Entry) -> dict[str, Any]:
     if config["output_type"] == "generate_until":
         config["generation_kwargs"] = {**config["generation_kwargs"], "max_gen_toks": SAMPLE_MAX_NEW_TOKENS}
     return config
+
+
+@contextmanager
+def data_in(directory: Path | None) -> Iterator[None]:
+    """While it is open, `datasets.load_dataset` takes a data set of the Hub from its folder in a directory, if it has
+    one: `openai/openai_humaneval` from DIRECTORY/openai/openai_humaneval.
+
+    That folder is a copy of the data set's repository, or holds a file for each split, as test.jsonl or test.parquet;
+    of a data set with several configurations, these in a folder for each.
+    """
+    load_dataset = datasets.load_dataset
+
+    def load_local(path: str, name: str | None = None, **options: Any) -> Any:
+        folder = None if directory is None else directory / path
+        # Names that the harness gives are no paths; one that leads elsewhere is the Hub's matter.
+        if directory is None or folder is None or not folder.is_dir() or not folder.is_relative_to(directory):
+            return load_dataset(path, name, **options)
+        if name is not None and not (folder / "README.md").is_file():
+            folder, name = (folder / name if (folder / name).is_dir() else folder), None
+        return load_dataset(str(folder), name, **options)
+
+    datasets.load_dataset = load_local
+    try:
+        yield
+    finally:
+        datasets.load_dataset = load_dataset
 
 
 class SandboxedCodeEval:

@@ -1,0 +1,146 @@
+"""Stock vLLM serves converted checkpoints: the tokens of Transformers, and what the plain model does, it does.
+
+`make test-vllm` runs these. They need the environment of vLLM, and the directory that `make_models.py` made, in
+ATTNRES_VLLM_MODELS. This package is not installed there: vLLM runs the code that travels with the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ecosystem import row
+
+HERE = Path(__file__).parent
+MODELS = Path(os.environ.get("ATTNRES_VLLM_MODELS", "missing"))
+NEW_TOKENS = 24
+EAGER = dict(enforce_eager=True)
+
+pytestmark = [
+    pytest.mark.skipif(not (MODELS / "tokens.json").is_file(), reason="`make test-vllm` runs this"),
+    pytest.mark.skipif(find_spec("torch") is None, reason="`make test-vllm` runs this"),
+    pytest.mark.timeout(1200),
+]
+
+
+def environment() -> dict[str, str]:
+    settings = dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1")
+    return os.environ | settings | dict(HF_HUB_OFFLINE="1")
+
+
+def run(tmp_path: Path, model: str, **options: Any) -> tuple[dict[str, Any] | None, str]:
+    """What vLLM generated in a process of its own, or `None`, and its log."""
+    content = json.loads((MODELS / "tokens.json").read_text(encoding="utf-8"))
+    request = dict(model=str(MODELS / model), prompts=content["prompts"][Path(model).name], options=options)
+    output = tmp_path / "output.json"
+    command = [sys.executable, str(HERE / "generate.py"), str(output), json.dumps(request | {"new_tokens": NEW_TOKENS})]
+    with (tmp_path / "log").open("w+", encoding="utf-8") as log:
+        code = subprocess.run(command, env=environment(), stdout=log, stderr=log, timeout=900).returncode
+        log.seek(0)
+        text = log.read()
+    return (json.loads(output.read_text(encoding="utf-8")) if code == 0 else None), text
+
+
+def assert_tokens(tmp_path: Path, model: str, **options: Any) -> None:
+    found, log = run(tmp_path, model, **options)
+    assert found is not None, log[-5000:]
+    assert "Using Transformers modeling backend" in log
+    assert found["tokens"] == json.loads((MODELS / "tokens.json").read_text(encoding="utf-8"))["tokens"][model]
+
+
+@row("vLLM", "Qwen3, random queries, eager; chunked prefill, prefix caching")
+@pytest.mark.parametrize("model", ["converted/tiny-qwen3", "random/tiny-qwen3"])
+def test_tokens_are_those_of_transformers(model: str, tmp_path: Path) -> None:
+    assert_tokens(tmp_path, model, **EAGER)
+
+
+@row("vLLM", "Qwen3-MoE, random queries")
+def test_fused_experts(tmp_path: Path) -> None:
+    assert_tokens(tmp_path, "random/qwen3_moe", **EAGER)
+
+
+@row("vLLM", "Gemma 2, random queries: sliding window, four norms per layer, capped logits")
+def test_gemma2(tmp_path: Path) -> None:
+    assert_tokens(tmp_path, "random/gemma2", **EAGER)
+
+
+@row("vLLM", "DeepSeek-V3, random queries: fused multi-head latent attention and experts")
+def test_latent_attention(tmp_path: Path) -> None:
+    assert_tokens(tmp_path, "random/deepseek_v3", **EAGER)
+
+
+@row("vLLM", "Qwen3, random queries, compiled")
+def test_compiled(tmp_path: Path) -> None:
+    assert_tokens(tmp_path, "random/tiny-qwen3")
+
+
+@row("vLLM", "Qwen3, random queries, `tensor_parallel_size=2`")
+def test_tensor_parallel(tmp_path: Path) -> None:
+    assert_tokens(tmp_path, "random/tiny-qwen3", tensor_parallel_size=2, **EAGER)
+
+
+# -- vllm serve and the client of OpenAI -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of `vllm serve` with the converted example."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(MODELS / "random" / "tiny-qwen3")]
+    command += ["--served-model-name", "attnres", "--trust-remote-code", "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "256", "--host", "127.0.0.1", "--port", str(port)]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, env=environment(), stdout=file, stderr=file)
+    try:
+        for _ in range(600):
+            if process.poll() is not None or re.search("Application startup complete", log.read_text("utf-8")):
+                break
+            time.sleep(1)
+        assert process.poll() is None, log.read_text("utf-8")[-5000:]
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@row("vLLM", "`vllm serve` and the `openai` client: completions, streaming, log-probabilities")
+def test_openai_client(server: str) -> None:
+    from openai import OpenAI
+
+    client = OpenAI(base_url=server, api_key="none")
+    content = json.loads((MODELS / "tokens.json").read_text(encoding="utf-8"))
+    for prompt, tokens in zip(content["prompts"]["tiny-qwen3"], content["tokens"]["random/tiny-qwen3"], strict=True):
+        request: dict[str, Any] = dict(model="attnres", prompt=prompt, max_tokens=NEW_TOKENS, temperature=0)
+        extra = dict(return_token_ids=True, ignore_eos=True)
+        completion = client.completions.create(**request, logprobs=1, extra_body=extra)
+        assert completion.choices[0].token_ids == tokens
+        assert len(completion.choices[0].logprobs.token_logprobs) == NEW_TOKENS
+        stream = client.completions.create(**request, stream=True, extra_body=extra)
+        assert "".join(part.choices[0].text for part in stream) == completion.choices[0].text
+
+
+# -- what vLLM's Transformers backend does not do on a CPU, for the plain model neither --------------------------------
+
+
+@row(
+    "vLLM",
+    "`pipeline_parallel_size=2`",
+    result="refused (`AttnResError`); the plain model fails too, with `model_impl='transformers'`",
+)
+def test_pipeline_parallel_fails_for_the_plain_model_too(tmp_path: Path) -> None:
+    found, log = run(tmp_path, "plain/tiny-qwen3", pipeline_parallel_size=2, model_impl="transformers", **EAGER)
+    assert found is None, "the plain model works now, so ours has to"
+    assert "AssertionError" in log
