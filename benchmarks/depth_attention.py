@@ -35,7 +35,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, DepthSettings, DepthState, read
+from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS, read
+from attnres.depth_state import DepthSettings, DepthState
 
 EPS = 1e-6
 CHECKED_TOKENS = 256
@@ -91,13 +92,13 @@ def ours(implementation: str) -> Reads:
     def reads(sources: tuple[torch.Tensor, ...], outputs: list[torch.Tensor], queries: torch.Tensor) -> Any:
         block = len(queries)
         settings = DepthSettings(block, "mean", EPS, DEPTH_ATTENTION_FUNCTIONS[implementation], group_size=block)
-        written = (len(sources) - 1) * block  # what made these sources, with queries that do not matter any more
-        queries = torch.cat([queries.new_zeros(written, queries.shape[1]), queries])
-        state, results = DepthState(sources), []
+        depth = (len(sources) - 1) * block  # sublayers that made these sources; their queries are not used any more
+        queries = torch.cat([queries.new_zeros(depth, queries.shape[1]), queries])
+        state, results = DepthState(sources, depth=depth), []
         for index in range(block):
             if index:
-                state = state.write(outputs[index - 1], False, at_once=not settings.implementation.fuses(state))
-            hidden_states, state = read(queries, state, written + index, settings)
+                state = state.write(outputs[index - 1], block)
+            hidden_states, state = read(queries, state, settings)
             results.append(hidden_states)
         return results
 

@@ -61,7 +61,7 @@ def main() -> None:
     for num_sources, num_reads, hidden in BLOCKS:
         queries = values(num_reads, hidden, dtype=torch.float32)
         sources = [values(130, hidden) for _ in range(num_sources)]
-        outputs = kernels.PhaseOne.apply(queries, 1, 1e-6, *sources)
+        outputs = kernels.PhaseOne.apply(queries, 1e-6, *sources)
         torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
     for hidden in (2048, 7168):
         for fused in (False, True):

@@ -19,7 +19,10 @@ from tiny import random_tokens, retrofit, tiny_model
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from attnres import depth_attention, modeling_attnres
-from attnres.depth_attention import AutoDepthAttention, DepthState, Norm, TritonDepthAttention, TwoPhaseDepthAttention
+from attnres.configuration_attnres import AttnResError
+from attnres.depth_attention import AutoDepthAttention, EagerDepthAttention, TritonDepthAttention, read
+from attnres.depth_attention_two_phase import TwoPhaseDepthAttention
+from attnres.depth_state import DepthSettings, DepthState, Norm
 
 pytest.importorskip("triton", reason="triton is not installed")
 from attnres import depth_attention_triton as kernels
@@ -73,25 +76,24 @@ def check(function: Any, reference: Any, inputs: list[torch.Tensor], rounded: to
     assert_close(actual_grads, expected_grads, rounded)
 
 
-def phase_one_reference(queries: torch.Tensor, *sources: torch.Tensor, first_scale: int) -> tuple[torch.Tensor, ...]:
+def phase_one_reference(queries: torch.Tensor, *sources: torch.Tensor) -> tuple[torch.Tensor, ...]:
     values = torch.stack(sources)
     keys = values / (values.square().mean(-1, keepdim=True) + EPS).sqrt()
     logits = torch.einsum("rd,n...d->rn...", queries, keys)
-    outputs = list(torch.einsum("rn...,n...d->r...d", logits.softmax(1), values).unbind(0))
-    outputs[0] = outputs[0] * first_scale
-    return (*outputs, *logits.logsumexp(1).unbind(0))
+    outputs = torch.einsum("rn...,n...d->r...d", logits.softmax(1), values)
+    return (*outputs.unbind(0), *logits.logsumexp(1).unbind(0))
 
 
-# sources, reads, tokens, hidden, dtype of sources, factor of the first read
+# sources, reads, tokens, hidden, dtype of sources
 PHASE_ONE = {
-    "one of each": (1, 1, (1,), 8, torch.float64, 1),
-    "one source": (1, 3, (1, 2), 24, torch.float32, 1),
-    "Full": (5, 1, (2, 1), 24, torch.float64, 5),
-    "odd sizes": (3, 5, (3, 1), 37, torch.float64, 3),
-    "float32": (6, 3, (1, 3), 40, torch.float32, 1),
-    "bfloat16": (3, 2, (1, 3), 37, torch.bfloat16, 3),
-    "float16": (2, 2, (2,), 24, torch.float16, 1),
-    "no token": (2, 2, (0,), 8, torch.float32, 1),
+    "one of each": (1, 1, (1,), 8, torch.float64),
+    "one source": (1, 3, (1, 2), 24, torch.float32),
+    "Full": (5, 1, (2, 1), 24, torch.float64),
+    "odd sizes": (3, 5, (3, 1), 37, torch.float64),
+    "float32": (6, 3, (1, 3), 40, torch.float32),
+    "bfloat16": (3, 2, (1, 3), 37, torch.bfloat16),
+    "float16": (2, 2, (2,), 24, torch.float16),
+    "no token": (2, 2, (0,), 8, torch.float32),
 }
 
 
@@ -104,13 +106,13 @@ def test_phase_one_equals_reference(case: str, device: str) -> None:
 def test_phase_one_in_blocks_of_columns(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where all sources of a token do not fit into registers; the last block is not full."""
     monkeypatch.setattr(kernels, "tiles", lambda *_, **__: {"N": 4, "BLOCK": 16, "num_warps": 1})
-    check_phase_one(3, 2, (2,), 37, dtype, 3, device)
+    check_phase_one(3, 2, (2,), 37, dtype, device)
 
 
 def test_phase_one_with_all_reads_in_a_program(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there are many tokens."""
     monkeypatch.setattr(kernels, "SPLIT_TOKENS", 0)
-    check_phase_one(3, 5, (2,), 24, torch.float64, 3, device)
+    check_phase_one(3, 5, (2,), 24, torch.float64, device)
 
 
 @pytest.mark.gpu
@@ -120,7 +122,7 @@ def test_phase_one_with_all_reads_in_a_program(device: str, monkeypatch: pytest.
 def test_phase_one_at_real_sizes(sources: int, reads: int, tokens: int, hidden: int, device: str) -> None:
     if device != "cuda":
         pytest.skip("too large to be interpreted")
-    check_phase_one(sources, reads, (1, tokens), hidden, torch.bfloat16, 1, device)
+    check_phase_one(sources, reads, (1, tokens), hidden, torch.bfloat16, device)
 
 
 def check_phase_one(
@@ -129,7 +131,6 @@ def check_phase_one(
     tokens: tuple[int, ...],
     hidden: int,
     dtype: torch.dtype,
-    first_scale: int,
     device: str,
 ) -> None:
     query_dtype = torch.promote_types(dtype, torch.float32)
@@ -138,13 +139,13 @@ def check_phase_one(
     sources = [random(*tokens, hidden, dtype=dtype, device=device, scale=4.0**-i) for i in range(num_sources)]
     sources = [source.roll(i, -1).detach().requires_grad_() for i, source in enumerate(sources)]
     if 0 in tokens:
-        outputs = kernels.phase_one(queries, tuple(sources), first_scale, EPS)
+        outputs = kernels.phase_one(queries, tuple(sources), EPS)
         grads = torch.autograd.grad(sum(output.sum() for output in outputs), [queries, *sources])
         assert not any(grad.any() for grad in grads)
         return
     check(
-        lambda queries, *sources: kernels.phase_one(queries, sources, first_scale, EPS),
-        lambda queries, *sources: phase_one_reference(queries, *sources, first_scale=first_scale),
+        lambda queries, *sources: kernels.phase_one(queries, sources, EPS),
+        phase_one_reference,
         [queries, *sources],
     )
 
@@ -211,9 +212,9 @@ def test_views_and_expanded_gradients(device: str) -> None:
     storage = random(2, 3, 25, dtype=torch.float32, device=device)
     sources = (storage[0, :, 1:], storage[1].T[:24].T, storage[1, :, :24])
     queries = random(2, 24, dtype=torch.float32, device=device)
-    actual = kernels.phase_one(queries, sources, 1, EPS)
+    actual = kernels.phase_one(queries, sources, EPS)
     copies = [exact(source) for source in sources]
-    expected = phase_one_reference(exact(queries), *copies, first_scale=1)
+    expected = phase_one_reference(exact(queries), *copies)
     assert_close(actual, expected)
     actual_grad = torch.autograd.grad(sum(output.sum() for output in actual), sources)
     expected_grad = torch.autograd.grad(sum(output.sum() for output in expected), copies)
@@ -225,10 +226,47 @@ def test_gradients_are_the_same_in_every_run(device: str) -> None:
     sources = [random(50 if device == "cuda" else 3, 40, dtype=torch.float32, device=device) for _ in range(3)]
     runs = []
     for _ in range(2):
-        outputs = kernels.phase_one(queries, tuple(sources), 1, EPS)
+        outputs = kernels.phase_one(queries, tuple(sources), EPS)
         merged, _ = kernels.phase_two(outputs[1], outputs[4], sources[0], queries[1], 1, EPS)
         runs.append(torch.autograd.grad((merged * outputs[0]).sum(), [queries, *sources]))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("mix", ["mean", "sum"])
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_reads_equal_the_reference(block_size: int, mix: str, device: str) -> None:
+    """All reads of a stack, with and without a norm behind them, and their gradients; groups of two reads or more."""
+    embedding = random(1, 2, 24, dtype=torch.float64, device=device)
+    queries, weight = random(6, 24, dtype=torch.float64, device=device), random(24, dtype=torch.float64, device=device)
+    outputs = [random(2, 1, 24, dtype=torch.float64, device=device) for _ in range(5)]
+    outputs = [output.detach().view(1, 2, 24).roll(i, -1).requires_grad_() for i, output in enumerate(outputs)]
+    results = []
+    for implementation in (TritonDepthAttention, EagerDepthAttention):
+        settings = DepthSettings(block_size, mix, EPS, implementation, group_size=max(2, block_size))
+        state, reads = DepthState((embedding,)), []
+        for index in range(6):
+            hidden_states, state = read(queries, state, settings, Norm(weight, 1e-5) if index % 2 else None)
+            reads.append(hidden_states)
+            if index < 5:
+                state = state.write(outputs[index], block_size)
+        grads = torch.autograd.grad(sum(r.square().sum() for r in reads), [queries, weight, embedding, *outputs])
+        results.append((*reads, *grads))
+    assert_close(*results)
+
+
+def test_second_derivatives_are_refused(device: str) -> None:
+    queries = random(3, 24, dtype=torch.float32, device=device)
+    sources = tuple(random(1, 2, 24, dtype=torch.float32, device=device) for _ in range(2))
+    for result in (kernels.phase_one(queries, sources, EPS)[0], merge_of(queries, sources)):
+        (grad,) = torch.autograd.grad(result.sum(), queries, retain_graph=True)
+        assert grad.any()
+        with pytest.raises(AttnResError, match="'eager'"):
+            torch.autograd.grad(result.sum(), queries, create_graph=True)
+
+
+def merge_of(queries: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    output, log_sum_exp = sources[0].detach(), sources[0].detach().sum(-1)
+    return kernels.phase_two(output, log_sum_exp, sources[1], queries[0], 1, EPS)[0]
 
 
 # -- the whole model ---------------------------------------------------------------------------------------------------
@@ -262,9 +300,8 @@ def test_model_equals_reference(block_size: int, mix: str, device: str) -> None:
     assert (depth.query.grad.double() - reference.query.grad).abs().max() <= 1e-4
     assert (depth.key_norm.grad.double() - reference.key_norm.grad).abs().max() <= 1e-4
     assert depth.query.grad[1:].abs().amax(-1).min() > 0, "a query without gradient"
-    expected_grads = dict(reference.backbone.named_parameters())
-    for name, parameter in model.backbone.named_parameters():
-        assert (parameter.grad.double() - expected_grads[name].grad).abs().max() <= 1e-4, name
+    for name, parameter in reference.backbone.named_parameters():
+        assert (model.get_parameter(name).grad.double() - parameter.grad).abs().max() <= 1e-4, name
 
 
 @pytest.fixture
@@ -320,7 +357,7 @@ def test_only_rms_norms_are_fused(family: str, merges: list[str], device: str) -
 def test_norm_that_is_replaced_is_left_alone(merges: list[str], device: str) -> None:
     """By a kernel of the library, or by a hook that brings offloaded weights."""
     model, input_ids = make_model(device, block_size=4), random_tokens(batch=1, length=2).to(device)
-    for layer in model.backbone.model.layers:
+    for layer in model.model.layers:
         norm = layer.post_attention_layernorm
         norm.forward = lambda hidden_states, weight=norm.weight: hidden_states * 0 + weight
     model(input_ids)
@@ -330,7 +367,7 @@ def test_norm_that_is_replaced_is_left_alone(merges: list[str], device: str) -> 
 def test_hooks_of_a_norm_see_tensors(merges: list[str], device: str) -> None:
     model, input_ids = make_model(device, block_size=4), random_tokens(batch=1, length=2).to(device)
     seen: list[Any] = []
-    layers = model.backbone.model.layers
+    layers = model.model.layers
     layers[0].post_attention_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     layers[1].input_layernorm.register_forward_hook(lambda _, args, output: seen.append(args[0]))
     layers[1].post_attention_layernorm.register_full_backward_hook(lambda *_: seen.append(_[1][0]))
@@ -433,9 +470,9 @@ model.save_pretrained("again")
 """
     printed = run_elsewhere(program, tmp_path).splitlines()
     assert printed[:2] == printed[3:5] == ["two_phase runs", "auto runs"]
-    assert printed[2].startswith("AttnResError depth_attention_implementation='triton' needs the package triton")
+    assert printed[2].startswith("AttnResError The depth attention implementation 'triton' needs the package triton")
     assert "pip install triton" in printed[2]
-    assert printed[5].startswith("AttnResError depth_attention_implementation='triton' runs on CUDA devices")
+    assert printed[5].startswith("AttnResError The depth attention implementation 'triton' runs on CUDA devices")
     assert "the sources are on cpu" in printed[5]
     assert "'two_phase' or 'auto'" in printed[5]
     assert (tmp_path / "again" / "depth_attention_triton.py").is_file()
