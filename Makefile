@@ -48,7 +48,7 @@ test-ecosystem: .venv-ecosystem/installed
 
 test-vllm: .venv/installed .venv-vllm/installed
 	$(BIN)/python tests/with_vllm/make_models.py .cache/vllm
-	ATTNRES_VLLM_MODELS=$(CURDIR)/.cache/vllm .venv-vllm/bin/python -m pytest tests/with_vllm
+	ATTNRES_VLLM_MODELS=$(CURDIR)/.cache/vllm .venv-vllm/bin/python -m pytest -c tests/with_vllm/pytest.ini --rootdir tests/with_vllm tests/with_vllm
 
 lint: .venv/installed
 	$(BIN)/ruff check .

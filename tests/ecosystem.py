@@ -19,7 +19,7 @@ import torch
 if TYPE_CHECKING:  # vLLM's environment has no Trainer
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "ecosystem.md"
 CONSTRAINTS = HERE.parent / "constraints.txt"
 VLLM_REQUIREMENTS = HERE / "with_vllm" / "requirements.txt"
