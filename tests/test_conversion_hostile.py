@@ -267,7 +267,6 @@ ONE, MANY = False, True  # one file of weights, or several and an index
 FULL = {"verify": "full"}
 
 
-
 def add_tensor(name: str, like: str = "model.layers.1.mlp.up_proj.weight", scale: float = 3.0) -> Damage:
     return change_tensors(lambda tensors: tensors.update({name: scale * tensors[like]}))
 
@@ -290,8 +289,20 @@ WRONG_RESULTS: list[tuple[str, bool, Damage, str, dict[str, Any]]] = [
     ("a tensor without the prefix too", ONE, add_tensor("layers.1.mlp.up_proj.weight"), SAME, {}),
     ("the norm without the prefix too", ONE, add_tensor("norm.weight", NORM), SAME, {}),
     ("the embedding without the prefix too", ONE, add_tensor("embed_tokens.weight", EMBEDDING), SAME, {}),
-    ("a q_proj twice, whole", ONE, add_tensor("layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"), SAME, FULL),
-    ("a k_norm twice", ONE, add_tensor("layers.3.self_attn.k_norm.weight", "model.layers.3.self_attn.k_norm.weight"), SAME, {}),
+    (
+        "a q_proj twice, whole",
+        ONE,
+        add_tensor("layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
+        SAME,
+        FULL,
+    ),
+    (
+        "a k_norm twice",
+        ONE,
+        add_tensor("layers.3.self_attn.k_norm.weight", "model.layers.3.self_attn.k_norm.weight"),
+        SAME,
+        {},
+    ),
     ("epsilon infinite", ONE, edit_config(rms_norm_eps=float("inf")), "config.json: rms_norm_eps=inf", {}),
     ("epsilon minus infinity", ONE, edit_config(rms_norm_eps=-float("inf")), "rms_norm_eps=-inf", {}),
     ("spread not a number", ONE, edit_config(initializer_range=float("nan")), "initializer_range=nan", {}),

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attnres import AttnResConfig, AttnResError, AttnResForCausalLM, AttnResModel
 from attnres.cli import main
-from attnres.conversion import converter, kimi_k3
+from attnres.conversion import delivery, kimi_k3
 from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS
 from attnres.depth_state import DepthState
 from attnres.residual_stream import read
@@ -484,7 +484,11 @@ BAD_DECODER: list[tuple[str, Callable[[Path], None], str]] = [
         edit_tensors(lambda ts: ts.update({"vision_tower.x": torch.ones(2)})),
         "no part of a Kimi Linear",
     ),
-    ("taken name", edit_tensors(lambda ts: ts.update({"language_model.model.depth_attention.query": torch.ones(2)})), "no p"),
+    (
+        "taken name",
+        edit_tensors(lambda ts: ts.update({"language_model.model.depth_attention.query": torch.ones(2)})),
+        "no p",
+    ),
     (
         "unknown tensor",
         edit_tensors(lambda ts: ts.update({"language_model.model.layers.3.self_attn.g_proj.weight": torch.ones(2)})),
@@ -522,7 +526,11 @@ BAD_EXPORT: list[tuple[str, Callable[[Path], None], str]] = [
     ("quantised", edit_config(quantization_config={"quant_method": "fp8"}), "quantised weights"),
     ("no configuration", edit_config(layer_types=3), "make no kimi_linear configuration"),
     ("block size", edit_config("depth_attention", block_size="4"), "block_size='4'"),
-    ("no depth", edit_tensors(lambda ts: ts.pop("model.depth_attention.query")), "lacks 1 tensors .*depth_attention.query"),
+    (
+        "no depth",
+        edit_tensors(lambda ts: ts.pop("model.depth_attention.query")),
+        "lacks 1 tensors .*depth_attention.query",
+    ),
     (
         "wrong depth",
         edit_tensors(lambda ts: ts.update({"model.depth_attention.query": torch.ones(3, 32)})),
@@ -631,7 +639,7 @@ def test_a_failure_while_writing_leaves_nothing(
 
     source = k3_checkpoint if direction == "import" else attnres_checkpoint
     convert = kimi_k3.import_checkpoint if direction == "import" else kimi_k3.export_checkpoint
-    for module, name in ((kimi_k3, "save"), (kimi_k3, "_copy_companions"), (converter, "_sync")):
+    for module, name in ((kimi_k3, "save"), (kimi_k3, "_copy_companions"), (delivery, "_sync")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full_disk if name != "save" else lambda *args, **kwargs: full_disk())
             with pytest.raises(AttnResError, match="No space left on device"):
