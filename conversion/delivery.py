@@ -46,8 +46,8 @@ def check_destination(target: Path, overwrite: bool) -> None:
 
 
 def written_files(directory: Path) -> dict[str, str]:
-    """What a conversion wrote, but for its report: each file by its name, with its SHA-256 if it is small, else with its
-    size. (A large file is a shard of the source.)"""
+    """What a conversion wrote, but for its report: each file by its name, with its SHA-256 if it is small, else with
+    its size. (A large file is a shard of the source.)"""
     return {
         path.relative_to(directory).as_posix(): _fingerprint(path)
         for path in sorted(directory.rglob("*"))
@@ -141,8 +141,8 @@ def deliver(stage: Path, target: Path, overwrite: bool) -> None:
 def _clear_up(target: Path) -> None:
     """Removes staging directories that nobody holds. A checkpoint that was being replaced goes back to its place.
 
-    Anybody may make a directory of such a name where the parent directory is open to all. So one that belongs to another
-    user is left alone, and only what a conversion wrote goes back.
+    Anybody may make a directory of such a name where the parent directory is open to all. So one that belongs to
+    another user is left alone, and only what a conversion wrote goes back.
     """
     name = re.compile(re.escape(f".{target.name}.attnres-") + r"\w{8}" + f"({re.escape(REPLACED)})?")
     for abandoned in target.parent.iterdir():

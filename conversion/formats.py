@@ -201,9 +201,9 @@ def _check_module_names(quantization: dict[str, Any]) -> None:
         is_list = isinstance(names, list) and len(names) <= MAX_PATTERNS
         if names is not None and not (is_list and all(_is_cheap_pattern(name) for name in names)):
             raise ConversionError(
-                f"config.json: quantization_config has {field}={shortened(names)}; a list of module names was expected. "
-                f"A name may be a regular expression of at most {MAX_PATTERN} characters and {MAX_REPEATS} repetitions, "
-                "without repeated groups."
+                f"config.json: quantization_config has {field}={shortened(names)}; a list of module names was "
+                f"expected. A name may be a regular expression of at most {MAX_PATTERN} characters and {MAX_REPEATS} "
+                "repetitions, without repeated groups."
             )
 
 

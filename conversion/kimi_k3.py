@@ -320,7 +320,8 @@ def _k3_settings(checkpoint: Checkpoint, config: AttnResConfig) -> dict[str, Any
         raise ConversionError(f"{file}: mix={depth['mix']!r}; Kimi K3 reads the mean, so it has to be 'mean'.")
     if depth["block_size"] % 2:
         raise ConversionError(
-            f"{file}: block_size={depth['block_size']}; Kimi K3's blocks are whole decoder layers, so it has to be even."
+            f"{file}: block_size={depth['block_size']}; Kimi K3's blocks are whole decoder layers, so it has to be "
+            "even."
         )
     if depth["key_norm_eps"] != config.rms_norm_eps:
         raise ConversionError(

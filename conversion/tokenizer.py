@@ -1,6 +1,6 @@
 """What an architecture stands for beside its weights: its tokenizer, and how it generates.
 
-`AutoTokenizer` chooses a class by the `model_type` of config.json, and models without a generation_config.json take what
+`AutoTokenizer` chooses a class by the `model_type` of config.json. Models without a generation_config.json take what
 config.json says of generation. A converted checkpoint has another `model_type` there, so both are written down.
 """
 
@@ -108,8 +108,8 @@ def _write_class(name: str, path: Path) -> None:
 
 
 def _difference(original: Any, converted: Path) -> str | None:
-    """How the tokenizers of the result differ from the original: the one that `AutoTokenizer` gives, and the one that it
-    gives where `attnres` is unknown, by the class alone."""
+    """How the tokenizers of the result differ from the original: the one that `AutoTokenizer` gives, and the one that
+    its class alone gives, as where `attnres` is unknown."""
     by_class = tokenizer_class_from_name(type(original).__name__)
     if by_class is None:
         return f"there is no class {type(original).__name__}"

@@ -88,7 +88,7 @@ def check_complete(source: Source, converted: Path) -> None:
 
 
 def _check_runs(source: Source, config: PreTrainedConfig) -> None:
-    """Runs the models of source and result without weights, and refuses a result that does not run where the source does.
+    """Runs the models of source and result without weights. Refuses a result that does not run where the source does.
 
     Raises:
         VerificationError: the result cannot be run, or its logits have another shape.

@@ -366,9 +366,13 @@ def _conversion(path: Path, report: dict[str, Any]) -> dict[str, Any]:
 def _configuration(depth: AttnResConfig, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings = depth.depth_attention
     kind = "Full AttnRes" if settings["block_size"] == 1 else "Block AttnRes"
+    blocks = f"{depth.num_blocks} blocks"
     mixes = {"sum": "sum: a read is the weighted mean times the number of sources", "mean": "mean, as in the paper"}
     return [
-        ("Kind", f"{kind}: {depth.num_blocks} blocks of {settings['block_size']} sublayers, {depth.num_sublayers} in all"),
+        (
+            "Kind",
+            f"{kind}: {blocks} of {settings['block_size']} sublayers, {depth.num_sublayers} in all",
+        ),
         ("Reads", f"{depth.num_reads}, each with a pseudo-query and a key norm of {depth.hidden_size}"),
         ("Mix", mixes[settings["mix"]]),
         ("Epsilon of the key norm", f"{settings['key_norm_eps']:g}"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import tiny_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, Qwen2Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 from attnres import convert
 from attnres.conversion.tokenizer import MORE_TEXTS, TEXTS
