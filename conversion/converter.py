@@ -6,17 +6,12 @@ hard-linked, or copied where a link is not possible, and `model-attnres.safetens
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import re
 import shutil
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +31,7 @@ from .. import modeling_attnres
 from ..configuration_attnres import MIXES, AttnResConfig
 from ..model_cards.card import CARD, build_card, inherited_metadata
 from . import formats
+from .delivery import REPORT, check_destination, deliver, staging, umask, written_files
 from .errors import ConversionError
 from .loading import DepthNames, depth_names
 from .source import DEPTH_SHARD, Source, check_names_free, check_sizes, open_source, read_headers
@@ -43,8 +39,6 @@ from .tokenizer import pin_tokenizer, write_generation_config
 from .verification import VERIFICATION_MODES, Verification, check_complete, compare
 
 SINGLE_SHARD = "model-00001-of-00001.safetensors"  # `model.safetensors` would be loaded without looking at the index
-REPORT = "attnres_conversion.json"
-REPLACED = ".replaced"  # suffix of a checkpoint that has made way for the one that replaces it
 
 
 @dataclass(frozen=True)
@@ -63,6 +57,7 @@ class ConversionReport:
         seconds: wall time of the conversion, verification included.
         verification: what was compared and how close it was; `None` if it was not asked for.
         versions: of the packages that did it.
+        files: what was written beside this report, by name, with the SHA-256 of each small file and the size of others.
     """
 
     source: str
@@ -83,6 +78,7 @@ class ConversionReport:
     seconds: float
     verification: Verification | None
     versions: dict[str, str]
+    files: dict[str, str]
 
 
 def convert(
@@ -135,7 +131,7 @@ def convert(
     try:
         target = Path(destination).absolute()
         target.resolve()  # fails for what is no path
-        _check_destination(target, overwrite)
+        check_destination(target, overwrite)
     except (TypeError, ValueError, OSError) as error:
         if isinstance(error, ConversionError):
             raise
@@ -193,12 +189,19 @@ def convert(
             verification=None if verify == "none" else compare(checkpoint, stage, config, verify),
             seconds=round(time.perf_counter() - started, 2),
             versions={name: version(name) for name in ("attnres", "torch", "transformers", "safetensors")},
+            files={},
         )
-        (stage / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        _write_report(report, stage)
         card = build_card(stage, name=target.name, inherited=inherited_metadata(checkpoint.directory))
         (stage / CARD).write_text(str(card), encoding="utf-8")
+        report = replace(report, files=written_files(stage))
+        _write_report(report, stage)
         deliver(stage, target, overwrite)
     return report
+
+
+def _write_report(report: ConversionReport, stage: Path) -> None:
+    (stage / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
 
 
 def report_table(report: ConversionReport) -> Table:
@@ -230,21 +233,6 @@ def report_table(report: ConversionReport) -> Table:
     return table
 
 
-def _check_destination(target: Path, overwrite: bool) -> None:
-    if not target.parent.is_dir():
-        raise ConversionError(f"destination {target}: its parent directory does not exist; create it first.")
-    if not os.path.lexists(target):
-        return
-    if not overwrite:
-        raise ConversionError(f"destination {target} exists; choose another, or pass overwrite (--overwrite).")
-    is_ours = not target.is_symlink() and (target / REPORT).is_file()
-    if not is_ours or any(path.is_dir() and path.name != "additional_chat_templates" for path in target.iterdir()):
-        raise ConversionError(
-            f"destination {target} exists and is not, or not only, a converted checkpoint, so it is not overwritten; "
-            "choose another, or remove it yourself."
-        )
-
-
 def _check_apart(source: Source, target: Path) -> None:
     """Refuses a destination whose replacement could remove a file of the source, also through symbolic links."""
     target = target.resolve()
@@ -254,59 +242,6 @@ def _check_apart(source: Source, target: Path) -> None:
     ]
     if directory == target or directory in target.parents or any(target in path.parents for path in files):
         raise ConversionError(f"source {directory} and destination {target} overlap; choose a destination elsewhere.")
-
-
-@contextmanager
-def staging(target: Path) -> Iterator[Path]:
-    """A directory beside the destination, on the same file system, that is gone afterwards unless delivered.
-
-    It is locked while in use; making one, and clearing up after conversions that were killed, happens under a lock on
-    the parent directory.
-    """
-    try:
-        with _locked(target.parent, wait=True):
-            _clear_up(target)
-            stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.attnres-", dir=target.parent))
-            lock = ExitStack()
-            lock.enter_context(_locked(stage))
-    except OSError as error:
-        raise ConversionError(f"destination {target} cannot be written: {error}") from error
-    try:
-        with lock:
-            yield stage
-    except OSError as error:
-        raise ConversionError(f"writing {target} failed: {error}. Nothing was left there.") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _clear_up(target: Path) -> None:
-    """Removes staging directories that nobody holds; a checkpoint that was being replaced goes back to its place."""
-    name = re.compile(re.escape(f".{target.name}.attnres-") + r"\w{8}" + f"({re.escape(REPLACED)})?")
-    for abandoned in target.parent.iterdir():
-        if not name.fullmatch(abandoned.name) or abandoned.is_symlink() or not abandoned.is_dir():
-            continue
-        if abandoned.name.endswith(REPLACED) and not os.path.lexists(target):
-            abandoned.rename(target)
-            continue
-        with _locked(abandoned) as is_free:
-            if is_free:
-                shutil.rmtree(abandoned)
-
-
-@contextmanager
-def _locked(directory: Path, wait: bool = False) -> Iterator[bool]:
-    """Locks a directory against other processes; yields whether that worked."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            locked = True
-        except OSError:  # held by another process, or a file system without locks
-            locked = False
-        yield locked
-    finally:
-        os.close(descriptor)
 
 
 def _write_depth_shard(config: AttnResConfig, names: DepthNames, stage: Path) -> int:
@@ -352,7 +287,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> int:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, for one
         raise OSError(str(error)) from error
-    path.chmod(0o666 & ~_umask())  # safetensors makes private files
+    path.chmod(0o666 & ~umask())  # safetensors makes private files
     return path.stat().st_size
 
 
@@ -400,40 +335,3 @@ def write_config_and_code(config: AttnResConfig, stage: Path) -> None:
     code = modeling_attnres.__file__
     for path in {code, *get_relative_import_files(code)}:
         shutil.copyfile(path, stage / Path(path).name)
-
-
-def deliver(stage: Path, target: Path, overwrite: bool) -> None:
-    """Puts the finished directory in its place; what it replaces is removed only afterwards, and comes back if that
-    fails."""
-    stage.chmod(0o777 & ~_umask())  # temporary directories are private
-    for path in sorted(stage.rglob("*")):
-        _sync(path)
-    _sync(stage)
-    replaced = stage.with_name(stage.name + REPLACED)
-    with _locked(target.parent, wait=True):  # another conversion may be delivering there
-        _check_destination(target, overwrite)  # once more: it may have appeared meanwhile
-        try:
-            if target.exists():
-                target.rename(replaced)
-            stage.rename(target)
-        except BaseException:
-            if replaced.exists() and not target.exists():
-                replaced.rename(target)
-            raise
-    with suppress(OSError):  # it is delivered
-        _sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -36,7 +36,8 @@ from ..configuration_attnres import AttnResConfig, AttnResError
 from ..depth_attention import DepthAttention, depth_settings
 from ..depth_state import DepthSettings, upcast
 from ..modeling_attnres import AttnResForCausalLM
-from .converter import deliver, staging, write_config_and_code
+from .converter import write_config_and_code
+from .delivery import deliver, staging
 from .errors import ConversionError
 from .loading import DepthNames, load, meta_tensors
 from .source import DEPTH_SHARD, TensorInfo, find_companions, read_headers, read_index, read_json

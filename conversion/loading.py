@@ -132,7 +132,7 @@ def depth_names(config: AttnResConfig, source: str) -> DepthNames:
 
 
 def check_names_apart(model: PreTrainedModel, names: Iterable[str], source: str) -> None:
-    """Checks that no two tensors of a checkpoint are loaded into the same one of the model. Loading takes the last.
+    """Checks that no two tensors of a checkpoint are loaded into the same parameter. Loading would take the last.
 
     Args:
         model (`PreTrainedModel`): of the checkpoint; it needs no weights.

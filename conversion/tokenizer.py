@@ -1,7 +1,7 @@
 """What an architecture stands for beside its weights: its tokenizer, and how it generates.
 
 `AutoTokenizer` chooses a class by the `model_type` of config.json. Models without a generation_config.json take what
-config.json says of generation. A converted checkpoint has another config.json, so both are written down.
+config.json says of generation. A converted checkpoint has another `model_type` there, so both are written down.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def _write_class(name: str, path: Path) -> None:
 
 
 def _difference(original: Any, converted: Path) -> str | None:
-    """How the tokenizers of the result differ from the original, if they do: that which `AutoTokenizer` gives, and that
-    which it gives by the class alone, where `attnres` is unknown."""
+    """How the tokenizers of the result differ from the original: the one that `AutoTokenizer` gives, and the one that
+    its class alone gives, as where `attnres` is unknown."""
     by_class = tokenizer_class_from_name(type(original).__name__)
     if by_class is None:
         return f"there is no class {type(original).__name__}"

@@ -1,4 +1,4 @@
-"""Benchmarks beside the paper's, through lm-evaluation-harness; `pip install "attnres[eval]"`.
+"""Benchmarks beside the paper's, through lm-evaluation-harness; `pip install ".[eval]"`.
 
 >>> from attnres.eval import evaluate
 >>> report = evaluate("Qwen3-0.6B-AttnRes", baseline="Qwen/Qwen3-0.6B", tasks="core")
@@ -44,4 +44,4 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         from .suites import EvaluationError
 
-        raise EvaluationError(f'{error}; evaluation needs further packages: pip install "attnres[eval]"') from error
+        raise EvaluationError(f'{error}; evaluation needs further packages: pip install ".[eval]"') from error

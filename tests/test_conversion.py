@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import attnres
 from attnres import AttnResConfig, AttnResForCausalLM, convert
-from attnres.backbones import SUPPORTED, Backbone
-from attnres.conversion import ConversionError, VerificationError, converter, loading, verification
+from attnres.backbones import SUPPORTED
+from attnres.conversion import ConversionError, VerificationError, converter, delivery, loading, verification
 from attnres.examples.demo import CHECKPOINT
 
 # The code that comes with a checkpoint: every module at the root of the package but these two.
@@ -256,14 +256,14 @@ def test_a_checkpoint_that_differs_is_not_delivered(source: Path, mode: str, mon
     assert snapshot(source.parent).keys() == before.keys()
 
 
-@pytest.mark.parametrize("wrong", [Backbone(1), Backbone(3), Backbone(lambda config: 4)], ids=["1", "3", "4"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mistral"])
+@pytest.mark.parametrize("sublayers", [1, 3, 4])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2"])
 def test_shapes_are_run_without_weights(
-    family: str, wrong: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, sublayers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where nothing else is verified: here the package counts another number of sublayers than there are."""
     source = make_source(tmp_path / "source", family)
-    monkeypatch.setitem(SUPPORTED, family, wrong)
+    monkeypatch.setitem(SUPPORTED, family, SUPPORTED[family]._replace(sublayers=sublayers))
     with pytest.raises(VerificationError, match="the model of source runs, and the converted one does not"):
         convert(source, tmp_path / "converted", verify="none")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -332,6 +332,52 @@ def make_project(path: Path) -> Path:
     return path
 
 
+def append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+def turn(path: Path, make: Callable[[Path], Any]) -> None:
+    path.unlink()
+    make(path)
+
+
+# What people do in a converted directory, and the file that must not be lost.
+ADDITIONS: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("a thesis", lambda path: (path / "thesis.tex").write_text("years of work"), "thesis.tex"),
+    ("a hidden file", lambda path: (path / ".env").write_text("SECRET=1"), r"\.env"),
+    ("another tokenizer", lambda path: append(path / "tokenizer.json"), "tokenizer.json' has changed"),
+    ("a card written by hand", lambda path: append(path / "README.md"), "README.md' has changed"),
+    ("a changed configuration", lambda path: append(path / "config.json"), "config.json' has changed"),
+    ("changed code", lambda path: append(path / "modeling_attnres.py"), "modeling_attnres.py' has changed"),
+    ("trained weights", lambda path: (path / "model.safetensors").write_bytes(b"weeks"), "'model.safetensors' was not"),
+    ("trained queries", lambda path: append(path / "model-attnres.safetensors"), "model-attnres.* has changed"),
+    ("a checkpoint of a training run", lambda path: make_directory(path / "checkpoint-100"), "checkpoint-100"),
+    ("an empty directory", lambda path: (path / "notes").mkdir(), "'notes' was not written"),
+    ("a directory of templates", lambda path: make_directory(path / "additional_chat_templates"), "additional_chat_t"),
+    ("a link", lambda path: (path / "data").symlink_to("/"), "'data' was not written"),
+    ("a link for a file", lambda path: turn(path / "LICENSE", lambda p: p.symlink_to("README.md")), "LICENSE'"),
+    ("a FIFO", lambda path: os.mkfifo(path / "pipe"), "'pipe' was not written"),
+    ("a FIFO for a file", lambda path: turn(path / "config.json", os.mkfifo), "'config.json' has changed"),
+    ("no report", lambda path: (path / delivery.REPORT).unlink(), "it has no attnres_conversion.json"),
+    ("a report of another program", lambda path: (path / delivery.REPORT).write_text("[]"), "does not say what was"),
+    ("a vast report", lambda path: os.truncate(path / delivery.REPORT, 10**9), "is too large"),
+]
+
+
+@pytest.mark.parametrize(("add", "message"), [case[1:] for case in ADDITIONS], ids=[case[0] for case in ADDITIONS])
+def test_overwriting_loses_nothing_else(add: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    source, destination = tmp_path / "source", tmp_path / "converted"
+    shutil.copytree(CHECKPOINT, source)
+    (source / "LICENSE").write_text("the licence")
+    convert(source, destination, verify="none")
+    convert(source, destination, verify="none", overwrite=True)  # nothing was added
+    add(destination)
+    before = snapshot(tmp_path)
+    with pytest.raises(ConversionError, match=f"not, or not only, a converted.*{message}"):
+        convert(source, destination, verify="none", overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
 def make_file(path: Path) -> Path:
     path.write_text("a file")
     return path
@@ -358,6 +404,8 @@ def test_source_that_is_linked_into_the_destination(source: Path) -> None:
         (destination / path.name).write_bytes(path.read_bytes())
         path.unlink()
         path.symlink_to(destination / path.name)
+    report = json.loads((destination / delivery.REPORT).read_text())  # as if the conversion had written all of it
+    (destination / delivery.REPORT).write_text(json.dumps({**report, "files": delivery.written_files(destination)}))
     before = snapshot(source.parent)
     with pytest.raises(ConversionError, match="link out of the checkpoint"):
         convert(source, destination, overwrite=True)

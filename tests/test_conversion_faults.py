@@ -17,7 +17,7 @@ import pytest
 from checkpoints import make_source, snapshot
 
 from attnres import AttnResForCausalLM, cli, convert
-from attnres.conversion import ConversionError, converter
+from attnres.conversion import ConversionError, converter, delivery
 
 STEPS = ("_write_depth_shard", "_link_shards", "_write_index", "write_config_and_code", "check_complete", "compare")
 
@@ -241,6 +241,40 @@ def test_neighbours_with_similar_names_are_left_alone(source: Path) -> None:
     assert (source.parent / ".converted.attnres-abcd1234").exists()
 
 
+PLANTED: list[tuple[str, Callable[[Path], Any]]] = [
+    ("nothing in it", lambda path: None),
+    ("a file", lambda path: (path / "thesis.tex").write_text("years of work")),
+    ("a report alone", lambda path: (path / delivery.REPORT).write_text("{}")),
+    ("a report of nothing", lambda path: (path / delivery.REPORT).write_text('{"files": 3}')),
+    ("a report of less", lambda path: planted_model(path, {})),
+    ("a report of other bytes", lambda path: planted_model(path, {"config.json": "0" * 64})),
+    ("a link for a report", lambda path: (path / delivery.REPORT).symlink_to("/etc/hostname")),
+    ("a FIFO for a report", lambda path: os.mkfifo(path / delivery.REPORT)),
+    ("a directory for a report", lambda path: (path / delivery.REPORT).mkdir()),
+    ("of another user", lambda path: (planted_model(path, None), os.chown(path, 12345, 12345))),
+]
+
+
+def planted_model(path: Path, files: dict[str, str] | None) -> None:
+    (path / "config.json").write_text("{}")
+    files = delivery.written_files(path) if files is None else files
+    (path / delivery.REPORT).write_text(json.dumps({"files": files}))
+
+
+@pytest.mark.parametrize("plant", [case[1] for case in PLANTED], ids=[case[0] for case in PLANTED])
+def test_what_others_planted_does_not_become_the_destination(source: Path, plant: Callable[[Path], Any]) -> None:
+    planted = source.parent / ".converted.attnres-abcd1234.replaced"
+    planted.mkdir()
+    try:
+        plant(planted)
+    except PermissionError:
+        pytest.skip("only root gives files away")
+    before = snapshot(planted)
+    report = convert(source, source.parent / "converted", verify="none")
+    assert json.loads((source.parent / "converted" / delivery.REPORT).read_text())["source"] == report.source
+    assert snapshot(planted) == before
+
+
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +290,45 @@ def test_sigterm_cleans_up_at_once(source: Path, step: str, monkeypatch: pytest.
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert stopped.value.code == 128 + signal.SIGTERM
+    assert snapshot(source) == before
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+INTERRUPTIONS = [
+    *((number, "once") for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)),
+    *((number, "again while it cleans up") for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)),
+    *((number, "three times while it cleans up") for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)),
+    (signal.SIGTERM, "another while it cleans up"),
+]
+
+INTERRUPTED = """
+import os, shutil, signal, sys
+from attnres import cli
+from attnres.conversion import converter
+number, again = int(sys.argv[1]), sys.argv[2]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+write, remove = converter._write_index, shutil.rmtree
+times = {"once": 0, "again while it cleans up": 1, "three times while it cleans up": 3}.get(again, 1)
+def interrupted(*arguments):
+    def removed(*arguments, **options):
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGHUP if "another" in again else number)
+        remove(*arguments, **options)
+    shutil.rmtree = removed
+    os.kill(os.getpid(), number)
+    return write(*arguments)
+converter._write_index = interrupted
+sys.argv = ["attnres", "convert", "source", "converted", "--verify", "none"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("number", "again"), INTERRUPTIONS)
+def test_signals_leave_nothing(source: Path, number: signal.Signals, again: str) -> None:
+    before = snapshot(source)
+    command = [sys.executable, "-c", INTERRUPTED, str(int(number)), again]
+    result = subprocess.run(command, cwd=source.parent, capture_output=True, timeout=120)
+    assert result.returncode != 0
     assert snapshot(source) == before
     assert [path.name for path in source.parent.iterdir()] == ["source"]
 

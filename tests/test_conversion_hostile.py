@@ -33,7 +33,6 @@ pytestmark = pytest.mark.timeout(120)  # a file that is waited for must not stop
 
 SHARD = "model.safetensors"
 NORM = "model.norm.weight"
-Q_PROJ, K_NORM = "model.layers.0.self_attn.q_proj.weight", "model.layers.3.self_attn.k_norm.weight"
 ESCAPE = "\x1b[31mred\x1b[0m"
 Damage = Callable[[Path], Any]
 
@@ -272,6 +271,10 @@ def add_tensor(name: str, like: str = "model.layers.1.mlp.up_proj.weight", scale
     return change_tensors(lambda tensors: tensors.update({name: scale * tensors[like]}))
 
 
+def twin(name: str) -> Damage:
+    return add_tensor(name, f"model.{name}")
+
+
 def fill(value: float, name: str = NORM) -> Damage:
     return change_tensors(lambda tensors: tensors[name].view(-1)[:1].fill_(value))
 
@@ -293,14 +296,14 @@ WRONG_RESULTS: list[tuple[str, bool, Damage, str, dict[str, Any]]] = [
     (
         "a q_proj twice, whole",
         ONE,
-        add_tensor("layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
+        twin("layers.0.self_attn.q_proj.weight"),
         SAME,
         FULL,
     ),
     (
         "a k_norm twice",
         ONE,
-        add_tensor("layers.3.self_attn.k_norm.weight", "model.layers.3.self_attn.k_norm.weight"),
+        twin("layers.3.self_attn.k_norm.weight"),
         SAME,
         {},
     ),

@@ -405,7 +405,7 @@ def test_another_run_is_not_resumed(run: Callable[..., tuple[int, str]]) -> None
         (DatasetNotFoundError("'x' is a gated dataset"), None, False, ["gated", "hf auth login", "no token yet"]),
         (DatasetNotFoundError("'x' is a gated dataset"), "hf_x", False, ["accept its terms", "Idavidrein/gpqa"]),
         (DatasetNotFoundError("'x' doesn't exist"), None, False, ["not on the Hub, or private", "hf auth login"]),
-        (ModuleNotFoundError("No module named 'math_verify'"), None, False, ['pip install "attnres[eval]"']),
+        (ModuleNotFoundError("No module named 'math_verify'"), None, False, ['pip install ".[eval]"']),
         (SandboxUnavailableError("no sandbox here"), None, False, ["no sandbox here"]),
         (KeyError("odd"), None, False, ["KeyError: 'odd'", "attnres --debug eval --check"]),
     ],

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attnres import AttnResConfig, AttnResError, AttnResForCausalLM, AttnResModel
 from attnres.cli import main
-from attnres.conversion import converter, kimi_k3
+from attnres.conversion import delivery, kimi_k3
 from attnres.depth_attention import DEPTH_ATTENTION_FUNCTIONS
 from attnres.depth_state import DepthState
 from attnres.residual_stream import read
@@ -639,7 +639,7 @@ def test_a_failure_while_writing_leaves_nothing(
 
     source = k3_checkpoint if direction == "import" else attnres_checkpoint
     convert = kimi_k3.import_checkpoint if direction == "import" else kimi_k3.export_checkpoint
-    for module, name in ((kimi_k3, "save"), (kimi_k3, "_copy_companions"), (converter, "_sync")):
+    for module, name in ((kimi_k3, "save"), (kimi_k3, "_copy_companions"), (delivery, "_sync")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full_disk if name != "save" else lambda *args, **kwargs: full_disk())
             with pytest.raises(AttnResError, match="No space left on device"):
