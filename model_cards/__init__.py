@@ -5,7 +5,30 @@
 >>> push("Qwen3-0.6B-AttnRes", "user/Qwen3-0.6B-AttnRes", private=True)
 """
 
-from .card import CardError, build_card, update_card
-from .hub import Check, PushError, preflight, push
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .card import CardError, build_card, update_card
+    from .hub import Check, PushError, preflight, push
+
+# Imported when they are asked for: a conversion writes a card, and an upload reads what a conversion wrote.
+_MODULE_OF = {
+    "CardError": "card",
+    "Check": "hub",
+    "PushError": "hub",
+    "build_card": "card",
+    "preflight": "hub",
+    "push": "hub",
+    "update_card": "card",
+}
 
 __all__ = ["CardError", "Check", "PushError", "build_card", "preflight", "push", "update_card"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

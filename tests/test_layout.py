@@ -52,13 +52,23 @@ def imports_of(name: str) -> frozenset[str]:
     path = MODULES[name]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
         if not isinstance(node, ast.ImportFrom) or node.level == 0:
             continue
         base = package[: len(package) - (node.level - 1)] + (node.module.split(".") if node.module else [])
         for alias in node.names:
             whole = ".".join([*base, alias.name])
-            found.add(whole if whole in MODULES else ".".join(base))
+            imported = whole if whole in MODULES else ".".join(base)
+            found |= {imported, *([] if imported.split(".")[0] == name.split(".")[0] else [imported.split(".")[0]])}
     return frozenset(found & MODULES.keys())
 
 
