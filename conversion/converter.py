@@ -15,6 +15,7 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import filesize
@@ -34,7 +35,7 @@ from . import formats
 from .delivery import REPORT, check_destination, deliver, staging, umask, written_files
 from .errors import ConversionError
 from .loading import DepthNames, depth_names
-from .source import DEPTH_SHARD, Source, check_names_free, check_sizes, open_source, read_headers
+from .source import DEPTH_SHARD, Source, check_names_free, check_sizes, open_source, read_headers, regular_file
 from .tokenizer import pin_tokenizer, write_generation_config
 from .verification import VERIFICATION_MODES, Verification, check_complete, compare
 
@@ -192,12 +193,21 @@ def convert(
             files={},
         )
         _write_report(report, stage)
-        card = build_card(stage, name=target.name, inherited=inherited_metadata(checkpoint.directory))
+        card = build_card(stage, name=target.name, inherited=_inherited(checkpoint.directory))
         (stage / CARD).write_text(str(card), encoding="utf-8")
         report = replace(report, files=written_files(stage))
         _write_report(report, stage)
         deliver(stage, target, overwrite)
     return report
+
+
+def _inherited(directory: Path) -> dict[str, Any]:
+    """Metadata of the source's card, if that is a file of the source."""
+    try:
+        regular_file(directory / CARD, directory)
+    except ConversionError:  # a FIFO or a link elsewhere has nothing to inherit
+        return {}
+    return inherited_metadata(directory)
 
 
 def _write_report(report: ConversionReport, stage: Path) -> None:
@@ -262,6 +272,7 @@ def _rewrite_pickles(source: Source, stage: Path) -> tuple[Source, int]:
     written = 0
     for number, pickled in enumerate(source.pickles, start=1):
         shard = f"model-{number:05}-of-{len(source.pickles):05}.safetensors"
+        regular_file(source.directory / pickled, source.directory)
         contents = formats.read_pickle(source.directory / pickled)
         if twice := sorted(contents.keys() & tensors.keys()):
             raise ConversionError(f"{source.directory / pickled} holds {twice[0]!r}, which another file holds too.")

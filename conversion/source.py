@@ -145,6 +145,8 @@ def open_source(source: str | os.PathLike, revision: str | None = None, allow_pi
     config = _read_config(directory)
     shards, tensors = read_index(directory, allow_pickle)
     pickles = tuple(shard for shard in shards if shard.endswith(".bin"))
+    for pickled in pickles:
+        regular_file(directory / pickled, directory)
     infos = {} if pickles else read_headers(directory, shards, tensors)
     if not pickles:
         check_names_free(directory, tensors)

@@ -275,7 +275,7 @@ def _merge_metadata(path: Path, head: str, fresh: ModelCard, replace_index: bool
         if added:
             head = "\n".join([*filter(None, [head.rstrip()]), yaml_dump(added, sort_keys=False).rstrip()])
         understood = (yaml.safe_load(head) or {}) == expected
-    except (yaml.YAMLError, RecursionError, AttributeError, TypeError, KeyError) as error:
+    except (yaml.YAMLError, RecursionError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise CardError(f"{path}: the metadata at its top cannot be read: {error}") from error
     if not understood:
         raise CardError(f"{path}: the metadata at its top cannot be added to; write them as one `name: value` a line.")

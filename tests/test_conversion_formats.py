@@ -456,6 +456,32 @@ def test_bad_quantization_config(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+COSTLY = [
+    "(a+)+$",
+    "(.*)*x",
+    "([a-z.]+)+!",
+    "(a|aa)+$",
+    "(?:model.*)+y",
+    r"(\w+\.?)+#",
+    ".*.*.*.*.*x",
+    r"(\w*)\1x",
+    "(?P<a>.*)(?P=a)x",
+    "(a{1,9}){1,9}z",
+    "a" * 10_000,
+    "re:(.+)+y",
+]
+
+
+@pytest.mark.parametrize("pattern", COSTLY)
+@pytest.mark.parametrize(("method", "field"), [("fp8", "modules_to_not_convert"), ("compressed-tensors", "ignore")])
+def test_costly_names_of_modules(method: str, field: str, pattern: str, tmp_path: Path) -> None:
+    """Matching them could take longer than anybody waits."""
+    tiny_config("llama").save_pretrained(tmp_path / "source")
+    edit_config(tmp_path / "source", quantization_config={"quant_method": method, field: ["lm_head", pattern]})
+    with pytest.raises(ConversionError, match=f"{field}=.*a list of module names"):
+        convert(tmp_path / "source", tmp_path / "converted", verify="none")
+
+
 # -- pickled weights ---------------------------------------------------------------------------------------------------
 
 

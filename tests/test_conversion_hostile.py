@@ -681,6 +681,41 @@ def test_there_are_enough_cases() -> None:
     assert len({name for name, *_ in BAD_INPUT}) == len(BAD_INPUT) >= 60
 
 
+# Cards and pickles that are no files of the source: a card is passed over, a pickle is refused.
+NO_FILES: list[tuple[str, Callable[[Path], Any]]] = [
+    ("a FIFO", os.mkfifo),
+    ("a directory", os.mkdir),
+    ("a socket", bind_socket),
+    ("a device", device),
+    ("a link to an endless device", link_to("/dev/zero")),
+    ("a link to a terminal", link_to("/dev/tty")),
+    ("a link to standard input", link_to("/dev/stdin")),
+    ("a link to itself", lambda path: path.symlink_to(path.name)),
+    ("a link to nothing", link_to("gone")),
+    ("a link above", link_to("../secret")),
+    ("an absolute link", lambda path: path.symlink_to(path.parent.with_name("secret"))),
+]
+
+
+@pytest.mark.parametrize("name", ["README.md", "pytorch_model.bin"])
+@pytest.mark.parametrize("make", [case[1] for case in NO_FILES], ids=[case[0] for case in NO_FILES])
+@pytest.mark.filterwarnings("ignore:.*pickled weights")
+def test_no_files_are_not_opened(
+    make: Callable[[Path], Any], name: str, pristine: dict[bool, Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(pristine[ONE], source)
+    (tmp_path / "secret").write_text("---\nlicense: the-secret\n---\n")
+    make(source / name)
+    if name == "README.md":
+        convert(source, tmp_path / "converted", verify="none")
+        assert "the-secret" not in (tmp_path / "converted" / "README.md").read_text()
+    else:
+        (source / SHARD).unlink()
+        with pytest.raises(ConversionError, match=f"{name} (is not a regular file|is a link out|cannot be read)"):
+            convert(source, tmp_path / "converted", verify="none", allow_pickle=True)
+
+
 # -- links and permissions ---------------------------------------------------------------------------------------------
 
 
