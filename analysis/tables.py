@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,9 @@ import pandas as pd
 from .drop_study import DropStudy
 from .layer_outputs import Magnitudes
 from .layout import Layout
-from .maps import DepthMaps
+
+if TYPE_CHECKING:  # maps make tables of themselves
+    from .maps import DepthMaps
 
 
 def depth_map(maps: DepthMaps) -> pd.DataFrame:
