@@ -282,8 +282,9 @@ def read(
     Raises:
         AttnResError: the implementation cannot run here, see [`TritonDepthAttention`].
     """
-    if torch.is_autocast_enabled(queries.device.type):  # it would compute the products in half precision
-        with torch.autocast(queries.device.type, enabled=False):
+    device = queries.device.type  # the meta device, for one, has no autocast
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # it would compute the products in half precision
             return read(queries, state, settings, norm)
     implementation = settings.implementation
     if not torch.compiler.is_compiling() and has_functorch_transforms():
