@@ -31,7 +31,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from .. import modeling_attnres
 from ..configuration_attnres import MIXES, AttnResConfig
 from ..model_cards.card import CARD, build_card, inherited_metadata
-from . import formats
+from . import pickles, quantization
 from .delivery import REPORT, check_destination, deliver, staging, umask, written_files
 from .errors import ConversionError
 from .loading import DepthNames, depth_names
@@ -139,10 +139,10 @@ def convert(
         raise ConversionError(f"destination {destination!r} is no path that can be used: {error}") from error
     checkpoint = open_source(source, revision, allow_pickle)
     _check_apart(checkpoint, target)
-    quantization = formats.quantization_method(checkpoint.config)
-    if verify != "none" and (reason := formats.unavailable(checkpoint.config)):
+    method = quantization.quantization_method(checkpoint.config)
+    if verify != "none" and (reason := quantization.unavailable(checkpoint.config)):
         raise ConversionError(
-            f"{checkpoint.name} is quantised by {quantization} and cannot be loaded here, so it cannot be "
+            f"{checkpoint.name} is quantised by {method} and cannot be loaded here, so it cannot be "
             f"verified: {reason} Convert it where that can be loaded, or pass verify='none' (--verify none), which "
             "checks names and shapes only."
         )
@@ -160,7 +160,7 @@ def convert(
             checkpoint, written = _rewrite_pickles(checkpoint, stage)
         else:
             linked, copied = _link_shards(checkpoint, stage, progress)
-        config.dtype = formats.stored_dtype(checkpoint.config, checkpoint.num_elements)
+        config.dtype = quantization.stored_dtype(checkpoint.config, checkpoint.num_elements)
         names = depth_names(config, checkpoint.name)
         written += _write_depth_shard(config, names, stage)
         _write_index(checkpoint, config, names, stage)
@@ -182,7 +182,7 @@ def convert(
             parameters=checkpoint.num_parameters,
             added_parameters=2 * config.num_reads * config.hidden_size,
             tokenizer=tokenizer,
-            quantization=quantization,
+            quantization=method,
             pickles=checkpoint.pickles,
             bytes_linked=linked,
             bytes_copied=copied,
@@ -273,7 +273,7 @@ def _rewrite_pickles(source: Source, stage: Path) -> tuple[Source, int]:
     for number, pickled in enumerate(source.pickles, start=1):
         shard = f"model-{number:05}-of-{len(source.pickles):05}.safetensors"
         regular_file(source.directory / pickled, source.directory)
-        contents = formats.read_pickle(source.directory / pickled)
+        contents = pickles.read_pickle(source.directory / pickled)
         if twice := sorted(contents.keys() & tensors.keys()):
             raise ConversionError(f"{source.directory / pickled} holds {twice[0]!r}, which another file holds too.")
         try:

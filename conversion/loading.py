@@ -25,7 +25,7 @@ from transformers.utils import logging
 from ..configuration_attnres import AttnResConfig, AttnResError
 from ..modeling_attnres import AttnResForCausalLM
 from ..rewiring import decoder_layers
-from . import formats
+from . import quantization
 from .errors import ConversionError
 from .source import DEPTH_MODULE, DTYPES, Source, read_header, read_index
 
@@ -59,9 +59,9 @@ def load(
     Raises:
         ConversionError: the model cannot be made, or tensors are missing, too many, or of other shapes than it needs.
     """
-    is_dequantized = device != "meta" and formats.quantization_method(config) in formats.DEQUANTIZED
+    is_dequantized = device != "meta" and quantization.quantization_method(config) in quantization.DEQUANTIZED
     if is_dequantized:
-        config = formats.dequantized_while_loading(config)
+        config = quantization.dequantized_while_loading(config)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a truncated model finds tensors it has no use for, and fewer reads
     is_directory = isinstance(source, Path)
@@ -89,8 +89,8 @@ def load(
             f"{name} has {len(unexpected)} tensors its config does not ask for, first {unexpected[0]!r}."
         )
     # Tensors that no module takes, in modules that take tensors.
-    if stray := formats.modules_of(model, info["unexpected_keys"]):
-        if formats.quantization_method(config) is not None:
+    if stray := quantization.modules_of(model, info["unexpected_keys"]):
+        if quantization.quantization_method(config) is not None:
             raise ConversionError(
                 f"{name} holds quantised weights for {min(stray)!r}, which quantization_config does not quantise."
             )
@@ -102,7 +102,7 @@ def load(
     if mismatched:
         raise ConversionError(f"{name}: tensors whose shapes contradict config.json, first {mismatched[0]}.")
     if is_dequantized:
-        return formats.dequantized(model, dtype).eval()
+        return quantization.dequantized(model, dtype).eval()
     return nn.Module.to(model, dtype).eval() if stored_dtype else model.eval()
 
 
@@ -122,7 +122,7 @@ def depth_names(config: AttnResConfig, source: str) -> DepthNames:
     """
     try:
         with torch.device("meta"):
-            model: Any = AttnResForCausalLM(formats.unquantized(config))  # type: ignore[arg-type]
+            model: Any = AttnResForCausalLM(quantization.unquantized(config))  # type: ignore[arg-type]
     except AttnResError:
         raise
     except Exception as error:  # whatever a model's constructor makes of a configuration that it did not expect

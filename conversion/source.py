@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..configuration_attnres import AttnResConfig, supported_backbone
-from . import formats
+from . import quantization, refusals
 from .errors import ConversionError
 
 # What comes along with the weights, as it is: tokenizer (with its code, if it has any), chat template, generation
@@ -65,7 +65,7 @@ MAX_UNUSED = 2**15
 # By their names in safetensors; complex and scale dtypes are ones that Transformers loads but does not list.
 DTYPES = {**str_to_torch_dtype, "C64": torch.complex64, "F8_E8M0": torch.float8_e8m0fnu}
 
-_repr = formats.shortened
+_repr = quantization.shortened
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class Source:
 
     @cached_property
     def num_parameters(self) -> int:
-        if formats.quantization_method(self.config) is not None:  # several to an element, and scales beside them
-            return formats.meta_model(self.config).num_parameters()
+        if quantization.quantization_method(self.config) is not None:  # several to an element, and scales beside them
+            return quantization.meta_model(self.config).num_parameters()
         return self.num_elements.total()
 
     @property
@@ -163,7 +163,7 @@ def _find(path: Path, revision: str | None, allow_pickle: bool) -> Path:
             raise ConversionError(f"revision={revision!r} is for Hub ids; source {source!r} is a directory.")
         return path
     if path.exists():
-        if reason := formats.other_format([path.name]):
+        if reason := refusals.other_format([path.name]):
             raise ConversionError(f"source {source!r} is {reason}")
         raise ConversionError(f"source {source!r} is a file; give the directory of a checkpoint, or a Hub id.")
     if path.is_absolute() or len(path.parts) > 2 or source.startswith((".", "~")):
@@ -190,9 +190,9 @@ def _find(path: Path, revision: str | None, allow_pickle: bool) -> Path:
 def _read_config(directory: Path) -> PreTrainedConfig:
     config_file = directory / "config.json"
     if os.path.lexists(directory / "adapter_config.json"):  # which is loaded together with weights that are beside it
-        raise ConversionError(f"{directory} holds {formats.other_format(['adapter_config.json'])}")
+        raise ConversionError(f"{directory} holds {refusals.other_format(['adapter_config.json'])}")
     if not os.path.lexists(config_file):
-        reason = formats.other_format(path.name for path in directory.iterdir())
+        reason = refusals.other_format(path.name for path in directory.iterdir())
         raise ConversionError(
             f"{directory} has no config.json; it is not a Transformers checkpoint."
             + (f" It holds {reason}" if reason else "")
@@ -206,7 +206,7 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         )
     if model_type == AttnResConfig.model_type:
         raise ConversionError(f"{directory} is an AttnRes checkpoint already; there is nothing to convert.")
-    if reason := formats.other_architecture(config_dict):
+    if reason := refusals.other_architecture(config_dict):
         raise ConversionError(f"{config_file}: {reason}")
     supported_backbone(model_type)
     architectures = config_dict.get("architectures") or []
@@ -218,13 +218,13 @@ def _read_config(directory: Path) -> PreTrainedConfig:
             f"{config_file}: architectures={architectures}; only causal language models, here {expected}, can be "
             "converted."
         )
-    formats.quantization_method(config_dict)
+    quantization.quantization_method(config_dict)
     _check_num_layers(config_file, config_dict)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # whatever a configuration's constructor makes of a value that it did not expect
         raise ConversionError(f"{config_file} makes no {model_type} configuration: {error}") from error
-    if config.dtype is not None and config.dtype not in formats.MODEL_DTYPES.values():  # float8 makes no model
+    if config.dtype is not None and config.dtype not in quantization.MODEL_DTYPES.values():  # float8 makes no model
         raise ConversionError(
             f"{config_file}: dtype={config.dtype!r}; a floating-point dtype of 16 bits or more is needed."
         )
@@ -284,7 +284,7 @@ def read_index(directory: Path, allow_pickle: bool = False) -> tuple[tuple[str, 
         index_file = directory / WEIGHTS_INDEX_NAME
         suffix = ".bin"
     if not os.path.lexists(index_file):
-        reason = formats.other_format(path.name for path in directory.iterdir())
+        reason = refusals.other_format(path.name for path in directory.iterdir())
         raise ConversionError(
             f"{directory} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}."
             + (f" It holds {reason}" if reason else "")

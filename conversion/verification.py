@@ -16,7 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from ..configuration_attnres import AttnResConfig, AttnResError
 from ..modeling_attnres import AttnResForCausalLM
 from ..rewiring import decoder_layers
-from . import formats
+from . import quantization
 from .errors import ConversionError, VerificationError
 from .loading import (
     available_memory,
@@ -79,11 +79,11 @@ def check_complete(source: Source, converted: Path) -> None:
         VerificationError: the result cannot be run where the source can.
     """
     config: PreTrainedConfig = AttnResConfig.from_pretrained(converted)
-    if is_stored := not formats.loads_on_meta(source.config):
-        config = formats.unquantized(config)
-    tensors = converted if formats.quantization_method(config) else meta_tensors(converted)
+    if is_stored := not quantization.loads_on_meta(source.config):
+        config = quantization.unquantized(config)
+    tensors = converted if quantization.quantization_method(config) else meta_tensors(converted)
     load(AttnResForCausalLM, config, str(source.directory), tensors, device="meta", as_stored=is_stored)
-    check_names_apart(formats.meta_model(source.config), source.tensors, str(source.directory))
+    check_names_apart(quantization.meta_model(source.config), source.tensors, str(source.directory))
     _check_runs(source, config)
 
 
@@ -113,7 +113,7 @@ def _check_runs(source: Source, config: PreTrainedConfig) -> None:
 
 
 def _shape_of_logits(make_model: Any, config: PreTrainedConfig) -> torch.Size:
-    config = formats.unquantized(config)
+    config = quantization.unquantized(config)
     config._experts_implementation = "batched_mm"  # the others depend on values, or on the dtype
     with FakeTensorMode(), torch.no_grad():
         model = make_model(config).eval()
@@ -212,7 +212,8 @@ def _logits(model: PreTrainedModel, sequences: list[torch.Tensor]) -> list[torch
 
 def _check_finite(model: PreTrainedModel, name: str) -> None:
     for parameter_name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        values = parameter.float() if parameter.dtype.itemsize == 1 else parameter  # float8 has no `isfinite`
+        if not values.isfinite().all():
             raise ConversionError(
                 f"{name}: tensor {parameter_name!r} holds values that are not finite (NaN or infinity), so there is "
                 "nothing to compare with. Fetch or train the checkpoint again."

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from attnres import AttnResConfig, AttnResError, AttnResForCausalLM, convert
-from attnres.conversion import ConversionError, formats
+from attnres.conversion import ConversionError, quantization
 
 BLOCK = 16
 SHARD = "model.safetensors"
@@ -186,14 +186,14 @@ def test_fp8_kernels_take_the_same_modules(family: str, skip: list[str] | None) 
 
     config = tiny_config(family)
     config.quantization_config = {"quant_method": "fp8", "weight_block_size": [16, 16], "modules_to_not_convert": skip}
-    expected = replaced(formats.meta_model(config), config.quantization_config)
+    expected = replaced(quantization.meta_model(config), config.quantization_config)
     assert expected
     assert replaced(meta_converted(config), config.quantization_config) == expected
 
 
 def meta_converted(config: Any) -> AttnResForCausalLM:
     with torch.device("meta"):
-        return AttnResForCausalLM(AttnResConfig(backbone_config=formats.unquantized(config)))
+        return AttnResForCausalLM(AttnResConfig(backbone_config=quantization.unquantized(config)))
 
 
 @pytest.mark.parametrize(("family", "skip"), SKIPS)
@@ -210,7 +210,7 @@ def test_skipped_modules_stay_the_same(method: str, field: str, family: str, ski
     config.quantization_config = {"quant_method": method, field: skip}
     converted = dict(meta_converted(config).named_modules())
     carried = AttnResConfig(backbone_config=config).quantization_config[field]
-    for name, module in formats.meta_model(config).named_modules():
+    for name, module in quantization.meta_model(config).named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             assert isinstance(converted[name], type(module))
             assert should_convert_module(name, carried) == should_convert_module(name, skip), name
@@ -346,7 +346,7 @@ def test_gptq_and_awq_without_their_library(
     method: str, fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their kernels are not here, so nothing can be run; names, shapes and config can be checked."""
-    monkeypatch.setattr(formats, "unavailable", lambda config: "Loading it requires gptqmodel.")
+    monkeypatch.setattr("attnres.conversion.quantization.unavailable", lambda config: "Loading it requires gptqmodel.")
     source = make_packed(tmp_path / "source", method, **fields)
     with pytest.raises(ConversionError, match=r"quantised by .* gptqmodel.*--verify none"):
         convert(source, tmp_path / "converted")
@@ -370,7 +370,7 @@ def test_gptq_and_awq_without_their_library(
 def test_incomplete_packed_weights(
     method: str, damage: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "unavailable", lambda config: "Loading it requires gptqmodel.")
+    monkeypatch.setattr("attnres.conversion.quantization.unavailable", lambda config: "Loading it requires gptqmodel.")
     source = make_packed(tmp_path / "source", method)
     rewrite(source, damage)
     with pytest.raises(ConversionError, match=message):
@@ -379,7 +379,7 @@ def test_incomplete_packed_weights(
 
 def test_packed_experts_that_transformers_cannot_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts are one module with fused weights, which GPTQ and AWQ do not quantise."""
-    monkeypatch.setattr(formats, "unavailable", lambda config: "Loading it requires gptqmodel.")
+    monkeypatch.setattr("attnres.conversion.quantization.unavailable", lambda config: "Loading it requires gptqmodel.")
     source = make_packed(tmp_path / "source", "awq", "qwen3_moe")
     with pytest.raises(ConversionError, match="lacks 8 tensors .*experts"):
         convert(source, tmp_path / "converted", verify="none")
@@ -450,7 +450,7 @@ def test_bad_quantization_config(
     tiny_model("llama").save_pretrained(tmp_path / "source")
     edit_config(tmp_path / "source", quantization_config=quantization)
     if "quantiser" not in message:
-        monkeypatch.setattr(formats, "unavailable", lambda config: None)
+        monkeypatch.setattr("attnres.conversion.quantization.unavailable", lambda config: None)
     with pytest.raises(ConversionError, match=message):
         convert(tmp_path / "source", tmp_path / "converted")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

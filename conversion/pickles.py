@@ -1,0 +1,43 @@
+"""Pickled weights, read without running code of theirs."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import torch
+
+from .errors import ConversionError
+
+
+def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a pickled state dict without running code of it.
+
+    Args:
+        path (`Path`): a file written by `torch.save`.
+
+    Returns:
+        `dict`: contiguous tensors of which no two share memory, as safetensors needs them.
+
+    Raises:
+        ConversionError: the file is damaged, needs more than `weights_only`, or holds something else than tensors.
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
+        raise ConversionError(
+            f"{path} cannot be read with weights_only, and is not read otherwise: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(contents, dict) or not contents:
+        raise ConversionError(f"{path} holds a {type(contents).__name__}; a dict of tensors was expected.")
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in contents.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise ConversionError(f"{path}: {name!r} is a {type(tensor).__name__}; a dense tensor was expected.")
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = (
+            tensor.contiguous() if storage not in seen else tensor.clone(memory_format=torch.contiguous_format)
+        )
+        seen.add(storage)
+    return tensors
