@@ -72,6 +72,7 @@ def make_sparse_checkpoint(config: PreTrainedConfig, directory: Path) -> int:
     shards: list[dict[str, Any]] = [{}]
     sizes = [0]
     for name, tensor in tensors.items():
+        tensor = tensor.to(torch.bfloat16)  # which some models keep in float32 once they are loaded
         if sizes[-1] + tensor.nbytes > SHARD_BYTES:
             shards.append({})
             sizes.append(0)

@@ -401,7 +401,7 @@ def test_another_run_is_not_resumed(run: Callable[..., tuple[int, str]]) -> None
             True,
             ["HF_HUB_OFFLINE=0 attn"],
         ),
-        (ConnectionError("Couldn't reach 'x' on the Hub (ConnectError)"), None, False, ["no network", "copy "]),
+        (ConnectionError("Couldn't reach 'x' on the Hub (ConnectError)"), None, False, ["no network", "--data DIR"]),
         (DatasetNotFoundError("'x' is a gated dataset"), None, False, ["gated", "hf auth login", "no token yet"]),
         (DatasetNotFoundError("'x' is a gated dataset"), "hf_x", False, ["accept its terms", "Idavidrein/gpqa"]),
         (DatasetNotFoundError("'x' doesn't exist"), None, False, ["not on the Hub, or private", "hf auth login"]),

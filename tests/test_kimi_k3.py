@@ -295,7 +295,9 @@ def test_exports_and_imports_back_unchanged(shard_size: str, dtype: torch.dtype,
     saved = AttnResForCausalLM.from_pretrained(tmp_path / "attnres", dtype="auto")  # where depth is float32
     assert same_tensors(dict(back.named_parameters()), dict(saved.named_parameters()))
     assert same_tensors(dict(back.named_buffers()), dict(saved.named_buffers()))
-    assert same_tensors(dict(back.base_model.layers.state_dict()), dict(model.base_model.layers.state_dict()))
+    # Loading keeps some of them in float32 (from Transformers 5.24 on), which `.to` did not.
+    layers = {name: tensor.to(dtype) for name, tensor in back.base_model.layers.state_dict().items()}
+    assert same_tensors(layers, dict(model.base_model.layers.state_dict()))
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > (8 if shard_size == "20KB" else 1)
     travelling = {path.name for path in (tmp_path / "attnres").glob("*.py")}
     assert {path.name for path in (tmp_path / "back").glob("*.py")} == travelling
