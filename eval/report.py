@@ -17,10 +17,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from ..model_cards.scores import SHARES, score_text
 from .comparison import Row
 
-# Metrics that are a share of the questions, shown in percent. Others are shown as they are.
-SHARES = ("acc", "acc_bytes", "acc_norm", "em", "exact_match", "f1", "math_verify", "pass@1", "pass_at_1")
 WIDE = ("Metric", "Shots", "Paper: baseline", "Paper: AttnRes")  # columns for which a terminal has no room
 CONFIDENCE = 1.96  # standard errors to either side that hold 95 %
 BLUE, GREY = "#2057a8", "#8a8f98"
@@ -140,12 +139,7 @@ def _label(row: Row) -> str:
 
 
 def _number(value: float | None, stderr: float | None, row: Row, sign: str = "") -> str:
-    if value is None:
-        return "–"
-    scale, digits = (100, 1) if row.metric in SHARES else (1, 4)
-    value = round(scale * value, digits) + 0.0  # no "-0.0"
-    error = "" if stderr is None else f" ± {scale * stderr:.{digits}f}"
-    return f"{value:{sign if value else ''}.{digits}f}{error}"
+    return score_text(row.metric, value, stderr, sign)
 
 
 def _paper_difference(row: Row) -> float | None:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration_attnres import AttnResConfig, AttnResError
+from .scores import score_text
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("attnres.md.j2")
@@ -455,9 +456,13 @@ def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         p_value = "–" if row["p_value"] is None else f"{row['p_value']:.2g}"
         cells.append(
             [task, _text(row["metric"]), _dash(row["num_fewshot"]), _dash(row["n"])]
-            + [_score(row[name], row[f"{name}_stderr"]) for name in ("baseline", "attnres")]
-            + [_score(row["difference"], row["difference_stderr"], sign="+"), p_value]
-            + ([_score(row["paper_baseline"]), _score(row["paper_attnres"])] if has_paper else [])
+            + [score_text(row["metric"], row[name], row[f"{name}_stderr"]) for name in ("baseline", "attnres")]
+            + [score_text(row["metric"], row["difference"], row["difference_stderr"], sign="+"), p_value]
+            + (
+                [score_text(row["metric"], row[f"paper_{name}"]) for name in ("baseline", "attnres")]
+                if has_paper
+                else []
+            )
         )
     settings = [(name, value) for part in ("settings", "hardware") for name, value in evaluation[part].items()]
     settings += [("versions", ", ".join(f"{name} {value}" for name, value in evaluation["versions"].items()))]
@@ -470,12 +475,6 @@ def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "baseline": _public(evaluation["baseline"]) if evaluation.get("baseline") else None,
         "settings": [(_text(name), _public(value)) for name, value in settings if value is not None],
     }
-
-
-def _score(value: float | None, error: float | None = None, sign: str = "") -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value:{sign}.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def _dash(value: int | None) -> str:

@@ -218,6 +218,33 @@ def test_results(checkpoint: Path, tmp_path: Path) -> None:
     assert index[0]["results"][0]["metrics"] == [{"type": "acc", "value": 0.2634, "name": "acc, 5-shot, attnres eval"}]
 
 
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [
+        ("acc", 0.2634, "26.3"),
+        ("acc_norm", 1.0, "100.0"),
+        ("exact_match", 0.0, "0.0"),
+        ("f1", 0.5, "50.0"),
+        ("pass@1", 0.622, "62.2"),
+        ("em", 0.7251, "72.5"),
+        ("word_perplexity", 12.4, "12.4000"),
+        ("byte_perplexity", 1.75, "1.7500"),
+        ("bits_per_byte", 0.8123, "0.8123"),
+        ("bleu", 31.25, "31.2500"),
+        ("ter", 104.5, "104.5000"),
+    ],
+)
+def test_shares_are_written_in_percent_and_nothing_else_is(
+    metric: str, value: float, text: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """In the card as in the report, which write scores by one function."""
+    scores = dict(baseline=None, baseline_stderr=None, attnres=value, attnres_stderr=None)
+    differences = dict(difference=None, difference_stderr=None, p_value=None, paper_baseline=None, paper_attnres=None)
+    results = write_results(tmp_path / "results", row("sometask", metric=metric, **scores, **differences))
+    line = next(line for line in str(build_card(checkpoint, results=results)).splitlines() if "sometask |" in line)
+    assert f"| {text} |" in line.replace("  ", " ")
+
+
 def test_limited_results_alone_give_no_index(checkpoint: Path, tmp_path: Path) -> None:
     update_card(checkpoint, write_results(tmp_path / "results", row("mmlu", limited=True)))
     assert "model-index" not in metadata(checkpoint)
