@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import weakref
 from itertools import accumulate
 
@@ -8,15 +9,23 @@ import torch
 from reference import ReferenceModel, visible
 from reference import read as reference_read
 from tiny import FAMILIES, random_tokens, retrofit, tiny_model
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import Trainer
+from transformers.trainer_pt_utils import get_parameter_names
 
 from attnres import DepthAttention, depth_attention_two_phase
+from attnres.configuration_attnres import DEPTH_ATTENTION_IMPLEMENTATIONS, AttnResError
 from attnres.depth_attention import (
     DEPTH_ATTENTION_FUNCTIONS,
+    AutoDepthAttention,
+    EagerDepthAttention,
+    TritonDepthAttention,
     depth_settings,
     depth_weights,
     read,
 )
+from attnres.depth_attention_two_phase import TwoPhaseDepthAttention
 from attnres.depth_state import DepthSettings, DepthState, Norm
 
 IMPLEMENTATIONS = sorted({*DEPTH_ATTENTION_FUNCTIONS} - {"auto", "triton"})  # test_depth_attention_triton.py has these
@@ -387,3 +396,158 @@ def test_every_family_equals_reference(family: str) -> None:
     with torch.no_grad():
         difference = (model(input_ids).logits.double() - reference(input_ids).logits).abs().max()
     assert difference <= 1e-5
+
+
+# -- parameters --------------------------------------------------------------------------------------------------------
+
+
+def random_parameters() -> DepthAttention:
+    module = DepthAttention(9, HIDDEN)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda module: module.half(),
+        lambda module: module.bfloat16(),
+        lambda module: module.to(torch.bfloat16),
+        lambda module: module.to("cpu", torch.float16),
+        lambda module: module.type(torch.float8_e4m3fn),
+        lambda module: module.cpu(),
+    ],
+)
+def test_conversions_round_no_parameter(convert, swap: bool) -> None:
+    """Of the module itself or of one that holds it; gradients stay with their parameters."""
+    expected = random_parameters()
+    holder = nn.ModuleList([copy.deepcopy(expected), nn.Linear(2, 2)])
+    holder[0]().sum().backward()
+    grads = [parameter.grad.clone() for parameter in holder[0].parameters()]
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        convert(holder)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    for actual, parameter, grad in zip(holder[0].parameters(), expected.parameters(), grads, strict=True):
+        assert type(actual) is nn.Parameter
+        assert actual.requires_grad
+        assert actual.dtype == actual.grad.dtype == torch.float32
+        assert torch.equal(actual, parameter)
+        assert torch.equal(actual.grad, grad)
+
+
+def test_parameters_may_be_float64_and_go_anywhere() -> None:
+    module = random_parameters()
+    assert module.double().query.dtype == torch.float64
+    assert module.bfloat16().query.dtype == torch.float64, "rounded to float32"
+    assert module.float().query.dtype == torch.float32
+    moved = copy.deepcopy(module).to("meta", torch.bfloat16)
+    assert moved.query.is_meta
+    assert moved.query.dtype == torch.float32
+    moved.to_empty(device="cpu").reset_parameters()
+    assert moved.query.dtype == torch.float32
+    assert not moved.query.any()
+    assert (moved.key_norm == 1).all()
+    moved.load_state_dict({name: tensor.bfloat16() for name, tensor in module.state_dict().items()})
+    assert moved.query.dtype == torch.float32
+    with torch.device("meta"):
+        assert DepthAttention(9, HIDDEN).query.is_meta
+
+
+def test_parameters_that_were_assigned_in_half_precision_become_float32() -> None:
+    module = DepthAttention(9, HIDDEN)
+    module.load_state_dict({name: tensor.bfloat16() for name, tensor in module.state_dict().items()}, assign=True)
+    assert module.query.dtype == torch.bfloat16
+    assert module().dtype == torch.float32
+    assert module.to(torch.bfloat16).query.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_parameters_are_created_in_full_precision(dtype: torch.dtype) -> None:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        module = DepthAttention(9, HIDDEN)
+    finally:
+        torch.set_default_dtype(default)
+    assert module.query.dtype == torch.promote_types(dtype, torch.float32)
+    assert str(module) == f"DepthAttention(reads=9, hidden_size={HIDDEN})"
+
+
+def test_tools_take_the_parameters_for_those_of_a_norm() -> None:
+    """The Trainer leaves them without weight decay; what initialises norms does not look for a weight here."""
+    holder = nn.ModuleDict({"depth_attention": DepthAttention(9, HIDDEN), "linear": nn.Linear(2, 2)})
+    assert get_parameter_names(holder, [nn.LayerNorm]) == ["linear.weight", "linear.bias"]
+    assert Trainer.get_decay_parameter_names(None, holder) == ["linear.weight"]
+    assert set(holder["depth_attention"].state_dict()) == {"query", "key_norm"}
+    for module in holder.modules():
+        if isinstance(module, nn.LayerNorm):
+            for parameter in (module.weight, module.bias):
+                assert parameter is None
+
+
+# -- derivatives -------------------------------------------------------------------------------------------------------
+
+
+def reads_of_stack(implementation: str, queries: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    settings, state, reads = make_settings(3, "sum", implementation), DepthState((leaves[0],)), []
+    for leaf in [*leaves[1:], None]:
+        hidden_states, state = read(queries, state, settings)
+        reads.append(hidden_states)
+        state = state if leaf is None else state.write(leaf, 3)
+    return reads
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_transforms_of_functions(implementation: str) -> None:
+    """`torch.func.grad` over queries and sources."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(9, HIDDEN, generator=generator, dtype=torch.float64)
+    leaves = torch.randn(6, 2, 5, HIDDEN, generator=generator, dtype=torch.float64)
+
+    def loss(queries: torch.Tensor, leaves: torch.Tensor) -> torch.Tensor:
+        return sum(hidden_states.square().sum() for hidden_states in reads_of_stack(implementation, queries, leaves))
+
+    actual = torch.func.grad(loss, argnums=(0, 1))(queries, leaves)
+    arguments = [tensor.clone().requires_grad_() for tensor in (queries, leaves)]
+    expected = torch.autograd.grad(loss(*arguments), arguments)
+    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_the_reference_has_second_derivatives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kwargs = dict(generator=generator, dtype=torch.float64, requires_grad=True)
+    leaves, queries = [torch.randn(1, 2, 3, **kwargs) for _ in range(4)], torch.randn(9, 3, **kwargs)
+
+    def reads(queries: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(reads_of_stack("eager", queries, leaves)[1:])
+
+    assert torch.autograd.gradgradcheck(reads, (queries, *leaves))
+
+
+@pytest.mark.parametrize("index", [2, 3])
+def test_second_derivatives_of_two_phases_are_refused(index: int) -> None:
+    """By phase two, and by phase one, which alone makes the first read of a block."""
+    leaves = [leaf.requires_grad_() for leaf in make_sources(4)]
+    queries = torch.randn(9, HIDDEN, requires_grad=True)
+    hidden_states = reads_of_stack("two_phase", queries, leaves)[index]
+    (grad,) = torch.autograd.grad(hidden_states.sum(), queries, retain_graph=True)
+    assert grad[index].any()
+    with pytest.raises(AttnResError, match="'eager'"):
+        torch.autograd.grad(hidden_states.sum(), queries, create_graph=True)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_name_has_its_implementation() -> None:
+    assert tuple(DEPTH_ATTENTION_FUNCTIONS) == DEPTH_ATTENTION_IMPLEMENTATIONS
+    assert {
+        "eager": EagerDepthAttention,
+        "two_phase": TwoPhaseDepthAttention,
+        "triton": TritonDepthAttention,
+        "auto": AutoDepthAttention,
+    } == DEPTH_ATTENTION_FUNCTIONS
