@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -27,17 +26,6 @@ app.add_typer(kimi_k3, name="kimi-k3")
 console = Console()
 error_console = Console(stderr=True)
 state = {"debug": False}
-
-
-class Mix(StrEnum):
-    sum = "sum"
-    mean = "mean"
-
-
-class Verify(StrEnum):
-    full = "full"
-    sample = "sample"
-    none = "none"
 
 
 def _print_version(value: bool) -> None:
@@ -67,10 +55,10 @@ def convert(
         int | None, typer.Option(help="S, sublayers per block, instead of --num-blocks.", show_default=False)
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Full AttnRes, the same as --block-size 1.")] = False,
-    mix: Annotated[Mix, typer.Option(help="sum: lossless for every architecture; mean: the paper's read.")] = Mix.sum,
+    mix: Annotated[str, typer.Option(help="sum: lossless for every architecture; mean: the paper's read.")] = "sum",
     verify: Annotated[
-        Verify, typer.Option(help="Compare the whole model, its first layers (if it does not fit), or nothing.")
-    ] = Verify.full,
+        str, typer.Option(help="What is compared. full: the whole model; sample: its first layers; none: nothing.")
+    ] = "full",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at DESTINATION.")] = False,
     allow_pickle: Annotated[
@@ -89,8 +77,8 @@ def convert(
         destination,
         num_blocks=num_blocks,
         block_size=1 if full else block_size,
-        mix=mix.value,
-        verify=verify.value,
+        mix=mix,
+        verify=verify,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
         revision=revision,
