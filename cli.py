@@ -56,6 +56,7 @@ def convert(
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Full AttnRes, the same as --block-size 1.")] = False,
     mix: Annotated[str, typer.Option(help="sum: lossless for every architecture; mean: the paper's read.")] = "sum",
+    num_heads: Annotated[int, typer.Option(help="H, the depth heads; lossless, and no parameter more.")] = 1,
     verify: Annotated[
         str, typer.Option(help="What is compared. full: the whole model; sample: its first layers; none: nothing.")
     ] = "full",
@@ -78,6 +79,7 @@ def convert(
         num_blocks=num_blocks,
         block_size=1 if full else block_size,
         mix=mix,
+        num_heads=num_heads,
         verify=verify,
         overwrite=overwrite,
         allow_pickle=allow_pickle,

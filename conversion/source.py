@@ -350,8 +350,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except ConversionError:
         raise
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        reason = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # the library cites the header
-        raise ConversionError(f"{path} is not a whole safetensors file: {reason}. Fetch it again.") from error
+        raise ConversionError(f"{path} is not a whole safetensors file: {error}. Fetch it again.") from error
     return infos
 
 

@@ -74,8 +74,8 @@ def test_read_equals_reference(depth, block_size, dtype, mix, implementation) ->
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     assert actual.dtype == dtype
     assert (actual.double() - expected).abs().max() <= tolerance * expected.abs().max()
-    actual_weights = depth_weights(query[depth], state.sources, state.partial_sum, 1e-6)
-    torch.testing.assert_close(actual_weights.double(), weights, atol=1e-6, rtol=1e-5)
+    actual_weights = depth_weights(query[depth], state.visible(), depth, settings).squeeze(-2)
+    torch.testing.assert_close(actual_weights.double(), weights.squeeze(-2), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
