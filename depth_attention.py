@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from .configuration_attnres import DEPTH_ATTENTION_IMPLEMENTATIONS, DEPTH_DEFAULTS, AttnResConfig
-from .depth_attention_two_phase import TwoPhaseDepthAttention
+from .depth_attention_two_phase import TwoPhaseDepthAttention, spread
 from .depth_state import (
     DepthAttentionImplementation,
     DepthCache,
@@ -224,8 +224,8 @@ class TritonDepthAttention:
 
     @staticmethod
     def covers(settings: DepthSettings) -> bool:
-        """The plain read alone."""
-        return settings.is_plain()
+        """What [`TwoPhaseDepthAttention`] covers."""
+        return TwoPhaseDepthAttention.covers(settings)
 
     @staticmethod
     def fuses(state: DepthState) -> bool:
@@ -240,11 +240,11 @@ class TritonDepthAttention:
         from .depth_attention_triton import phase_one, phase_two  # raises where triton is missing
 
         sources, partial_sum, addend, depth, cache = state
-        query, eps = queries[depth], settings.key_norm_eps
-        assert eps is not None
+        query, eps, num_heads = queries[depth], settings.key_norm_eps, settings.num_heads
         if not state.has_phase_one():
             of_group = queries[depth : depth + settings.reads_left(depth, len(queries))]
-            results = phase_one(of_group, sources, eps)
+            window = None if settings.window is None else (depth, settings.block_size, settings.window)
+            results = phase_one(of_group, sources, eps, num_heads, window)
             cache = DepthCache(sources, None, depth, results[: len(of_group)], results[len(of_group) :])
             state = DepthState(sources, partial_sum, addend, depth, cache)
         output, log_sum_exp, recent = state.phase_one(settings)
@@ -253,9 +253,9 @@ class TritonDepthAttention:
             return scaled_and_normed(output, scale, norm, sources[0].dtype), state
         *finished, last = recent
         if finished:  # the kernel of phase two merges one source, so the others get a phase one of their own
-            recent_output, recent_log_sum_exp = phase_one(query.unsqueeze(0), tuple(finished), eps)
+            recent_output, recent_log_sum_exp = phase_one(query.unsqueeze(0), tuple(finished), eps, num_heads)
             share = torch.sigmoid(recent_log_sum_exp - log_sum_exp)
-            output = torch.lerp(output, recent_output, share.unsqueeze(-1))
+            output = torch.lerp(output, recent_output, spread(share, num_heads, output.shape[-1]))
             log_sum_exp = torch.logaddexp(log_sum_exp, recent_log_sum_exp)
         hidden_states, total = phase_two(output, log_sum_exp, last, query, scale, eps, addend, norm)
         return hidden_states, state if addend is None else DepthState(sources, total, None, depth, cache)
@@ -278,7 +278,7 @@ class AutoDepthAttention:
     @staticmethod
     def covers(settings: DepthSettings) -> bool:
         """What both cover."""
-        return TritonDepthAttention.covers(settings) and TwoPhaseDepthAttention.covers(settings)
+        return TwoPhaseDepthAttention.covers(settings)
 
     @staticmethod
     def fuses(state: DepthState) -> bool:
