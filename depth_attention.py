@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -147,7 +147,7 @@ class DepthAttention(nn.LayerNorm):
 
 
 def depth_weights(
-    query: torch.Tensor, values: tuple[torch.Tensor, ...], depth: int, settings: DepthSettings
+    query: torch.Tensor, values: Sequence[torch.Tensor], indices: Sequence[int], settings: DepthSettings
 ) -> torch.Tensor:
     """Depth attention weights of one read (Eq. 2), `softmax_i(w . v_i / rms(v_i))`, or of its variant.
 
@@ -155,31 +155,25 @@ def depth_weights(
         query (`torch.Tensor`):
             What the read has learned, float32 or float64: its folded query, `[hidden]`. For `query="input"` a folded
             matrix `[hidden, hidden]`; for `query="static"` logits, `[sources]`.
-        values (`tuple[torch.Tensor, ...]`): all that is visible, each `[batch, sequence, hidden]`.
-        depth (`int`): index of the read.
+        values (`Sequence[torch.Tensor]`): the sources that the read looks at, each `[batch, sequence, hidden]`.
+        indices (`Sequence[int]`): the index of each among all sources.
         settings (`DepthSettings`): which variant it is.
 
     Returns:
-        `torch.Tensor`: `[batch, sequence, heads, sources]`, the partial sum last; float32, or float64 for float64
-        sources. Zero for sources outside of the window.
+        `torch.Tensor`: `[batch, sequence, heads, sources]`, float32, or float64 for float64 sources.
     """
     heads, shape = (settings.num_heads, -1), values[0].shape[:-1]
     if len(values) == 1:  # the embedding, before anything is learned
         return query.new_ones(*shape, settings.num_heads, 1)
     if settings.query == "static":
-        logits = query[: len(values)].expand(*shape, 1, len(values))
+        logits = torch.stack([query[index] for index in indices]).expand(*shape, 1, len(values))
     else:
         scales = [key_scale(value, settings.key_norm_eps).unsqueeze(-1) for value in values]
         if settings.query == "input":
             query = (upcast(values[-1]) * scales[-1]) @ query.T
         products = [(upcast(value) * query).unflatten(-1, heads).sum(-1) for value in values]
         logits = torch.stack([product * scale for product, scale in zip(products, scales)], dim=-1)
-    index = torch.arange(len(values), device=logits.device)
-    is_hidden = (index > 0) & (index < settings.first_in_window(depth))
-    logits = logits.masked_fill(is_hidden, -torch.inf)
-    if settings.weighting == "sigmoid":
-        return 2 * logits.sigmoid() / (len(values) - is_hidden.sum())
-    return logits.softmax(-1)
+    return logits.softmax(-1) if settings.weighting == "softmax" else 2 * logits.sigmoid() / len(values)
 
 
 class EagerDepthAttention:
@@ -202,10 +196,17 @@ class EagerDepthAttention:
     ) -> tuple[torch.Tensor, DepthState]:
         """One read (Eq. 1 and 6), `h = sum_i a_i v_i`; see [`DepthAttentionImplementation.read`]."""
         state = state.added()
-        values = state.visible()
+        hidden_states = EagerDepthAttention.mixed(queries[state.depth], state, settings.seen(state.depth), settings)
+        return normed(hidden_states, norm), state
+
+    @staticmethod
+    def mixed(query: torch.Tensor, state: DepthState, indices: Sequence[int], settings: DepthSettings) -> torch.Tensor:
+        """The read that looks at the sources with these indices, `[batch, sequence, hidden]`."""
+        visible = state.visible()
+        values = [visible[index] for index in indices]
         if len(values) == 1:
-            return normed(values[0], norm), state
-        weights = depth_weights(queries[state.depth], values, state.depth, settings) * settings.scale(len(values))
+            return values[0]
+        weights = depth_weights(query, values, indices, settings) * settings.scale(len(values))
         hidden_states = torch.zeros_like(upcast(values[0]))
         for weight, value in zip(weights.unbind(-1), values):  # `[batch, sequence, heads]`
             summand = upcast(value)
@@ -213,7 +214,7 @@ class EagerDepthAttention:
                 summand = summand * key_scale(value, settings.key_norm_eps).unsqueeze(-1)
             by_head = weight.unsqueeze(-1) * summand.unflatten(-1, (settings.num_heads, -1))
             hidden_states = hidden_states + by_head.flatten(-2)
-        return normed(hidden_states.to(values[0].dtype), norm), state
+        return hidden_states.to(values[0].dtype)
 
 
 class TritonDepthAttention:

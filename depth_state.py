@@ -333,6 +333,10 @@ class DepthSettings(NamedTuple):
         num_sources = 1 - (-read // self.block_size)
         return 1 if self.window is None else max(1, num_sources - self.window)
 
+    def seen(self, read: int) -> list[int]:
+        """Indices of the sources that the read with this index looks at, the partial sum's included."""
+        return [0, *range(self.first_in_window(read), 1 - (-read // self.block_size))]
+
     def scale(self, num_sources: int) -> int:
         """The factor of a read that sees this number of sources, the partial sum included."""
         return num_sources if self.mix == "sum" else 1

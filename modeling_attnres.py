@@ -178,7 +178,7 @@ class AttnResModel(AttnResPreTrainedModel):
             output_depth_attentions (`bool`, *optional*):
                 Return `depth_attentions`: for each of the R reads the weights `[batch, sequence, sources]` (or
                 `[batch, sequence, heads, sources]` for several depth heads), float32, the open block's partial sum
-                last.
+                last. With a window these are the embedding and the sources in it.
 
         Returns:
             `ModelOutput`: the backbone's own output class, with `depth_attentions` if asked for. Entry i of
@@ -234,7 +234,7 @@ class _AttnResHead(AttnResPreTrainedModel):
             output_depth_attentions (`bool`, *optional*):
                 Return `depth_attentions`: for each of the R reads the weights `[batch, sequence, sources]` (or
                 `[batch, sequence, heads, sources]` for several depth heads), float32, the open block's partial sum
-                last.
+                last. With a window these are the embedding and the sources in it.
 
         Returns:
             `ModelOutput`: the backbone's own output class, with `depth_attentions` if asked for.

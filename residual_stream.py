@@ -90,7 +90,8 @@ class ResidualStream:
             query = self.queries[state.depth]
             if settings.mix == "gated":
                 query = query[:-1]
-            weights = depth_weights(query, state.visible(), state.depth, settings)
+            visible, indices = state.visible(), settings.seen(state.depth)
+            weights = depth_weights(query, [visible[index] for index in indices], indices, settings)
             if settings.num_heads == 1:
                 weights = weights.squeeze(-2)
             recorder.depth_attentions[state.depth] = weights  # a recomputed layer records the same again

@@ -19,6 +19,7 @@ from attnres.analysis import (
     drop_source,
     magnitudes,
     mean_loss,
+    tables,
 )
 from attnres.rewiring import decoder_layers
 
@@ -152,6 +153,51 @@ def test_other_architectures(family: str) -> None:
     assert layout.num_layers == len(decoder_layers(model))
     study = drop_source(model, [input_ids], reads=[layout.num_sublayers])
     assert len(study.reads) == layout.num_blocks + 1
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "heads": dict(num_heads=4),
+    "window": dict(window=2, mix="mean"),
+    "gated, heads": dict(mix="gated", num_heads=2),
+    "input": dict(query="input"),
+    "static": dict(query="static"),
+    "sigmoid": dict(weighting="sigmoid"),
+    "no key norm": dict(key_norm=False),
+    "normalized": dict(values="normalized", mix="mean"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_looked_into(variant: str) -> None:
+    """Maps equal the reference, and the loss without a source that of a reference without it."""
+    fields = dict(VARIANTS[variant])
+    mix, backbone = fields.pop("mix", "sum"), tiny_model("qwen3")
+    model = retrofit(backbone, block_size=2, mix=mix, depth_attention=fields)
+    depth = depth_attention(model)
+    with torch.no_grad():
+        for parameter in depth.parameters():
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) / 4
+    reference = ReferenceModel(backbone, depth.query, depth.key_norm, 2, mix, gate=depth.gate, variant=fields)
+    input_ids = random_tokens()
+    with torch.no_grad():
+        reference(input_ids)
+    maps = depth_maps(model, input_ids)
+    assert maps.num_heads == fields.get("num_heads", 1)
+    for read, expected in enumerate(reference.weights):
+        mean = expected.unsqueeze(-2) if expected.ndim == 3 else expected
+        mean = mean.mean((0, 1)).detach().numpy()
+        found = np.nan_to_num(maps.weights[:, read, : mean.shape[-1]])
+        np.testing.assert_allclose(found, mean, atol=1e-5)
+    table = tables.parameters(maps.layout, depth)
+    assert len(table) == 9
+    assert ("gate" in table, "key_norm_deviation" in table) == (mix == "gated", depth.key_norm is not None)
+    study = drop_source(model, [input_ids], reads=[7])
+    seen = int(np.isfinite(maps.weights[0, 7]).sum())
+    assert len(study.reads) == seen
+    assert all(abs(drop.increase) > 1e-7 for drop in study.reads), "nothing was taken away"
+    if mix == "gated":
+        factors = 1 + np.array(depth.gate.detach()).T[..., None] * maps.weights[:, :, :1]
+        np.testing.assert_allclose(maps.mixing_matrix()[:, 1:, 0], factors[:, 1:, 0], rtol=1e-6)
 
 
 def test_heads_are_kept_apart() -> None:
