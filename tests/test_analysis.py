@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from reference import ReferenceModel, visible
 from reference import read as reference_read
 from tiny import depth_attention, random_tokens, retrofit, tiny_model
 
+from attnres import AttnResForCausalLM
 from attnres.analysis import (
     AnalysisError,
     DepthStatistics,
@@ -210,6 +212,19 @@ def test_heads_are_kept_apart() -> None:
     assert statistics.mean.shape == (3, 3, 3)
     np.testing.assert_allclose(statistics.mean[:, 2], weights[2].mean((0, 1)), rtol=1e-6)
     assert statistics.weights_of_tokens().shape == (10, 3, 3, 3)
+
+
+def test_a_model_that_lies_on_disk_is_looked_into(tmp_path: Path) -> None:
+    """As `device_map="auto"` spreads it; the maps and magnitudes are those of the model in memory."""
+    retrofit(tiny_model("qwen3"), random_queries=True, block_size=2).save_pretrained(tmp_path / "model")
+    kwargs = dict(device_map="auto", max_memory={"cpu": 80_000}, offload_folder=tmp_path / "offload")
+    whole, spread = (AttnResForCausalLM.from_pretrained(tmp_path / "model", **kw).eval() for kw in ({}, kwargs))
+    assert "disk" in spread.hf_device_map.values()
+    input_ids = random_tokens()
+    np.testing.assert_allclose(depth_maps(spread, input_ids).weights, depth_maps(whole, input_ids).weights, atol=1e-6)
+    found, expected = (magnitudes(model, [input_ids]) for model in (spread, whole))
+    np.testing.assert_allclose(found.accumulated, expected.accumulated, rtol=1e-6)
+    np.testing.assert_allclose(found.written, expected.written, rtol=1e-6)
 
 
 def test_statistics_do_not_depend_on_how_the_text_is_cut() -> None:

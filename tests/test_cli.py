@@ -15,7 +15,7 @@ import attnres
 from attnres.cli import main
 from attnres.conversion import ConversionError
 
-COMMANDS = ("convert", "eval", "card", "push", "demo")
+COMMANDS = ("convert", "eval", "inspect", "card", "push", "demo")
 
 
 @dataclass
