@@ -414,8 +414,9 @@ def train(
     """Train a model from scratch: AttnRes, a variant of it, or a baseline, over any decoder."""
     from . import training
 
-    report, directory = training.train(config, output=output, overwrite=overwrite, console=error_console)
-    _print_training(report, directory)
+    run = training.RunConfig.read(config)
+    output = output or Path(run.output)
+    _print_training(training.train(run, output=output, overwrite=overwrite, console=error_console), output)
 
 
 def _depth_fields(pairs: list[str] | None) -> dict[str, Any]:

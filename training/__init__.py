@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import TrainingError
     from .finetuning import finetune
-    from .from_scratch import train
+    from .from_scratch import RunConfig, train
     from .report import TrainingReport
     from .settings import TrainingSettings
 
 _MODULE_OF = {
+    "RunConfig": "from_scratch",
     "TrainingError": "errors",
     "TrainingReport": "report",
     "TrainingSettings": "settings",
@@ -24,7 +25,7 @@ _MODULE_OF = {
     "train": "from_scratch",
 }
 
-__all__ = ["TrainingError", "TrainingReport", "TrainingSettings", "finetune", "train"]
+__all__ = ["RunConfig", "TrainingError", "TrainingReport", "TrainingSettings", "finetune", "train"]
 
 
 def __getattr__(name: str) -> Any:

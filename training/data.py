@@ -118,8 +118,10 @@ def _read(source: str | Path, split: str, files: dict[str, str]) -> Iterable[dat
             try:
                 yield datasets.load_dataset(file_format, data_files=chosen, split="train")
             except Exception as error:  # whatever pyarrow and pandas make of a file that is not what it should be
-                cause = error.__cause__ or error
-                raise TrainingError(f"{_names(chosen)} cannot be read as {file_format}: {cause}") from error
+                cause = " ".join(str(error.__cause__ or error).split())[:300]
+                raise TrainingError(
+                    f"{_names(chosen)} cannot be read as {file_format}, or have different columns: {cause}"
+                ) from error
 
 
 def _read_hub(name: str, split: str, files: dict[str, str]) -> datasets.Dataset:

@@ -91,9 +91,9 @@ def finetune(
             f"{checkpoint} is a plain checkpoint, and an adapter with depth parameters can only be loaded on a "
             "converted one: convert it first (attnres convert), or give merge (--merge)."
         )
-    _check_length(chosen, config)
-    tokenizer = _tokenizer(directory)
-    rows = load_data(*(_list(data), _list(validation)), split=split, text_column=text_column, seed=chosen.seed)
+    check_length(chosen, config)
+    tokenizer = load_tokenizer(directory)
+    rows = load_data(*(as_list(data), as_list(validation)), split=split, text_column=text_column, seed=chosen.seed)
     if rows.kind == "messages" and tokenizer.chat_template is None:
         raise TrainingError(f"The data are dialogues, and the tokenizer of {checkpoint} has no chat template.")
     learning_rates = chosen.learning_rates(train)
@@ -201,7 +201,8 @@ def _configuration(directory: Path, checkpoint: Any, depth: Mapping[str, Any] | 
     return config
 
 
-def _check_length(settings: TrainingSettings, config: Any) -> None:
+def check_length(settings: TrainingSettings, config: Any) -> None:
+    """Raises [`TrainingError`] if sequences are longer than the model's positions."""
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and settings.sequence_length > longest:
         raise TrainingError(
@@ -210,13 +211,14 @@ def _check_length(settings: TrainingSettings, config: Any) -> None:
         )
 
 
-def _tokenizer(directory: Path) -> Any:
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a directory or Hub id, without running code of it; it has an end-of-text token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a tokenizer may lack anything
-        raise TrainingError(f"{directory} has no tokenizer that can be loaded: {error}") from error
+        raise TrainingError(f"{name} has no tokenizer that can be loaded: {error}") from error
     if tokenizer.eos_token is None:
-        raise TrainingError(f"The tokenizer of {directory} has no end-of-text token (eos_token), which ends examples.")
+        raise TrainingError(f"The tokenizer of {name} has no end-of-text token (eos_token), which ends examples.")
     return tokenizer
 
 
@@ -241,5 +243,6 @@ def _identity(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
+    """One path or id as a list of one; everything else as it is."""
     return [value] if isinstance(value, (str, Path)) else value

@@ -22,6 +22,7 @@ from ..conversion.delivery import umask
 from ..conversion.source import DEPTH_MODULE, DEPTH_SHARD
 from ..conversion.tokenizer import pin_tokenizer, write_generation_config
 from ..model_cards.card import CARD, build_card, inherited_metadata, training_rows
+from .baselines import model as baselines
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,18 @@ def save_model(model: Any, state: dict[str, torch.Tensor], origin: Origin, token
     depth = {name: tensor for name, tensor in state.items() if DEPTH_MODULE in name.split(".")}
     others = {name: tensor for name, tensor in state.items() if name not in depth}
     model.save_pretrained(directory, state_dict=others)
+    is_attnres = isinstance(origin.config, AttnResConfig)
     for path in directory.glob("*.py"):  # of the source's remote code; ours follows
         path.unlink()
-    if isinstance(origin.config, AttnResConfig):
+    if is_attnres:
         _add_depth_shard(dict(revert_weight_conversion(model, depth)), directory)
         write_config_and_code(origin.config, directory)
+    elif hasattr(origin.config, baselines.FIELD):
+        baselines.save_config(origin.config, directory)
     else:
         origin.config.save_pretrained(directory)
     write_companions(origin, tokenizer, directory)
-    if isinstance(origin.config, AttnResConfig):
+    if is_attnres:
         inherited = {} if origin.directory is None else inherited_metadata(origin.directory)
         card = build_card(directory, name=directory.parent.resolve().name, inherited=inherited)
         (directory / CARD).write_text(str(card), encoding="utf-8")
