@@ -442,11 +442,10 @@ def _share_or_paths(values: list[str] | None) -> list[str] | float | None:
 
 
 def _print_training(report: TrainingReport, output: Path) -> None:
-    from accelerate import PartialState
-
+    from .training.engine import process_state
     from .training.report import report_table
 
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         console.print(report_table(report))
         console.print(f"Written: {escape(str(output))}", soft_wrap=True)
 

@@ -37,6 +37,11 @@ RUNS = "runs"
 NEVER = 10**9
 
 
+def process_state() -> PartialState:
+    """Which of several processes this one is; the first call makes them a group."""
+    return PartialState(**({} if torch.cuda.is_available() else {"cpu": True, "backend": "gloo"}))
+
+
 def runs_in_bfloat16(settings: TrainingSettings) -> bool:
     """Whether the forward runs under bfloat16 autocast, see [`TrainingSettings`]."""
     if settings.precision == "auto":
@@ -73,7 +78,7 @@ def claimed(output: Path, report: TrainingReport, overwrite: bool) -> Iterator[T
     Raises:
         TrainingError: another process trains there, or the run that is there has other settings.
     """
-    state = PartialState()
+    state = process_state()
     with ExitStack() as stack:
         if state.is_main_process:
             output.mkdir(exist_ok=True)
@@ -147,7 +152,7 @@ def run(
     checkpoints = output / CHECKPOINTS
     checkpoints.mkdir(exist_ok=True)
     last = get_last_checkpoint(str(checkpoints))
-    state = PartialState()
+    state = process_state()
     arguments = _arguments(data, settings, learning_rates[0], checkpoints, last is None)
     bar = ProgressBar(console) if console is not None and state.is_main_process else None
     try:
@@ -314,4 +319,4 @@ def _deliver(
         raise TrainingError(f"The result cannot be written to {output}: {error}") from error
 
 
-__all__ = ["check_output", "claimed", "quiet", "run", "runs_in_bfloat16"]
+__all__ = ["check_output", "claimed", "process_state", "quiet", "run", "runs_in_bfloat16"]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 from rich.console import Console
@@ -22,7 +21,7 @@ from ..conversion.quantization import quantization_method
 from ..conversion.source import DEPTH_MODULE, find_checkpoint, find_companions, open_source, read_index, read_json
 from ..modeling_attnres import AttnResForCausalLM
 from .data import load_data
-from .engine import check_output, claimed, quiet, run, runs_in_bfloat16
+from .engine import check_output, claimed, process_state, quiet, run, runs_in_bfloat16
 from .errors import TrainingError
 from .report import TrainingReport, versions
 from .saving import Origin, save_adapter, save_model, whole_state
@@ -107,7 +106,7 @@ def finetune(
             "held_out": validation if isinstance(validation, float) else None,
         },
         settings=chosen.fixed() | dict(zip(("learning_rate", "depth_learning_rate"), learning_rates)),
-        processes=PartialState().num_processes,
+        processes=process_state().num_processes,
         versions=versions(),
     )
     with quiet(), claimed(target, report, overwrite) as report:

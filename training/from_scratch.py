@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, set_seed
 
@@ -18,7 +17,7 @@ from ..configuration_attnres import AttnResConfig, AttnResError
 from ..modeling_attnres import AttnResForCausalLM
 from . import baselines
 from .data import load_data
-from .engine import check_output, claimed, quiet, run
+from .engine import check_output, claimed, process_state, quiet, run
 from .errors import TrainingError
 from .finetuning import as_list, check_length, load_tokenizer
 from .report import TrainingReport, versions
@@ -191,7 +190,7 @@ def train(
         },
         data={"kind": rows.kind, "files": rows.files, "held_out": held_out},
         settings=settings.fixed() | dict(zip(("learning_rate", "depth_learning_rate"), learning_rates)),
-        processes=PartialState().num_processes,
+        processes=process_state().num_processes,
         versions=versions(),
     )
     with quiet(), claimed(target, report, overwrite) as report:
