@@ -1,4 +1,4 @@
-"""A program that runs `attnres` with FSDP2 on CPUs, of which Accelerate would make DDP: it shards on accelerators alone.
+"""A program that runs `attnres` with FSDP2 on CPUs. Accelerate would make DDP of it: it shards on accelerators alone.
 
 It takes the arguments of the command. The group of processes says that it is one of GPUs, and its device stays the CPU.
 """

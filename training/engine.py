@@ -39,7 +39,7 @@ NEVER = 10**9
 
 def process_state() -> PartialState:
     """Which of several processes this one is; the first call makes them a group."""
-    return PartialState(**({} if torch.cuda.is_available() else {"cpu": True, "backend": "gloo"}))
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def runs_in_bfloat16(settings: TrainingSettings) -> bool:

@@ -79,8 +79,9 @@ class TrainingReport:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**values | {"losses": tuple((step, loss) for step, loss in values["losses"])})
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise TrainingError(f"{path} is not what a training writes: {error}") from error
 
     def fixed(self) -> dict[str, Any]:
