@@ -137,7 +137,7 @@ def open_source(source: str | os.PathLike, revision: str | None = None, allow_pi
         UnsupportedBackboneError: its architecture is not supported.
     """
     try:
-        directory = _find(Path(source), revision, allow_pickle)
+        directory = find_checkpoint(Path(source), revision, allow_pickle)
     except (TypeError, ValueError, OSError) as error:
         if isinstance(error, ConversionError):
             raise
@@ -156,7 +156,8 @@ def open_source(source: str | os.PathLike, revision: str | None = None, allow_pi
     return Source(directory, name, config, shards, tensors, infos, find_companions(directory), pickles)
 
 
-def _find(path: Path, revision: str | None, allow_pickle: bool) -> Path:
+def find_checkpoint(path: Path, revision: str | None = None, allow_pickle: bool = False) -> Path:
+    """The directory of a checkpoint: the path itself, or what was downloaded to the Hub's cache."""
     source = str(path)
     if path.is_dir():
         if revision is not None:

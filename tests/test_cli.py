@@ -15,7 +15,7 @@ import attnres
 from attnres.cli import main
 from attnres.conversion import ConversionError
 
-COMMANDS = ("convert", "eval", "inspect", "card", "push", "demo")
+COMMANDS = ("convert", "finetune", "train", "eval", "card", "push", "inspect", "demo")
 
 
 @dataclass
@@ -99,6 +99,11 @@ def test_card_and_push(source: Path, tmp_path: Path, run: Callable[..., Result])
         (["convert", "source", "converted", "--verify", "some"], "verify='some' is not allowed; choose one of"),
         (["convert", "source", "source"], "exists; choose another"),
         (["demo", "--output", "source"], "was not made by the demo"),
+        (["finetune", "source", "--data", "nowhere.jsonl", "--output", "out"], "has no tokenizer"),
+        (["finetune", "source", "--data", "x", "--output", "out", "--steps", "0"], "steps=0"),
+        (["finetune", "source", "--data", "x", "--output", "out", "--depth", "mix"], "NAME=VALUE"),
+        (["finetune", "source", "--data", "x", "--output", "source"], "holds something that no training wrote"),
+        (["train", "--config", "nowhere.yaml"], "is not readable YAML"),
     ],
 )
 def test_errors_are_messages(source: Path, run: Callable[..., Result], arguments: list[str], message: str) -> None:
