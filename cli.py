@@ -314,7 +314,9 @@ def finetune(
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Sequences per device and forward.")] = 8,
     accumulation: Annotated[int, typer.Option(help="Forwards per optimizer step.")] = 1,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 1024,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence (1024, or the model's positions).", show_default=False)
+    ] = None,
     packing: Annotated[Packing, typer.Option(help="auto: wrapped for plain text, none for the rest.")] = Packing.auto,
     assistant_only: Annotated[bool, typer.Option("--assistant-only", help="Loss on the assistant's turns.")] = False,
     completion_only: Annotated[

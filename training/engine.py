@@ -171,7 +171,8 @@ def run(
         raise
     except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
         raise TrainingError(f"The model cannot be trained on these data: {error}") from error
-    for rows, what in ((trainer.train_dataset, "training"), (trainer.eval_dataset, "validation")):
+    prepared: tuple[tuple[Any, str], ...] = ((trainer.train_dataset, "training"), (trainer.eval_dataset, "validation"))
+    for rows, what in prepared:
         if rows is not None and not any(label != -100 for labels in rows["labels"] for label in labels[1:]):
             raise TrainingError(f"The {what} data have no token that counts for the loss.")
     trainer.remove_callback(PrinterCallback)
@@ -270,7 +271,7 @@ def quiet() -> Iterator[None]:
 def _finished(report: TrainingReport, trainer: DepthTrainer, seconds: float) -> TrainingReport:
     """The report with what came out, of which the trainer's state keeps account across resumptions."""
     state = trainer.state
-    losses = tuple((entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry)
+    losses = tuple((int(entry["step"]), entry["loss"]) for entry in state.log_history if "loss" in entry)
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     validation = None
     if evaluations:

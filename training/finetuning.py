@@ -90,7 +90,7 @@ def finetune(
             f"{checkpoint} is a plain checkpoint, and an adapter with depth parameters can only be loaded on a "
             "converted one: convert it first (attnres convert), or give merge (--merge)."
         )
-    check_length(chosen, config)
+    chosen = chosen.for_model(config)
     tokenizer = load_tokenizer(directory)
     rows = load_data(*(as_list(data), as_list(validation)), split=split, text_column=text_column, seed=chosen.seed)
     if rows.kind == "messages" and tokenizer.chat_template is None:
@@ -198,16 +198,6 @@ def _configuration(directory: Path, checkpoint: Any, depth: Mapping[str, Any] | 
     if method := quantization_method(config):
         raise TrainingError(f"{checkpoint} is quantised by {method}; train the checkpoint that it was made from.")
     return config
-
-
-def check_length(settings: TrainingSettings, config: Any) -> None:
-    """Raises [`TrainingError`] if sequences are longer than the model's positions."""
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and settings.sequence_length > longest:
-        raise TrainingError(
-            f"sequence_length={settings.sequence_length} is more than the {longest} positions that the model has "
-            "(max_position_embeddings); lower it."
-        )
 
 
 def load_tokenizer(name: str | Path) -> Any:

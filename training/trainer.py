@@ -44,8 +44,15 @@ class DepthTrainer(SFTTrainer):
         kwargs: of `SFTTrainer`.
     """
 
-    optimizer: Any
+    # The library declares most of these as optional; here there are all of them.
+    args: Any
+    callback_handler: Any
     control: Any
+    data_collator: Any
+    eval_dataset: Any
+    model: Any
+    optimizer: Any
+    state: Any
 
     def __init__(self, *, settings: TrainingSettings, learning_rates: tuple[float, float], **kwargs: Any):
         self.settings, self.learning_rates = settings, learning_rates
