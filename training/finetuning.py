@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ..configuration_attnres import DEPTH_ARGUMENTS, AttnResConfig, AttnResError
 from ..conversion.quantization import quantization_method
 from ..conversion.source import DEPTH_MODULE, find_checkpoint, find_companions, open_source, read_index, read_json
+from ..conversion.tokenizer import TOKENIZER_FILES
 from ..modeling_attnres import AttnResForCausalLM
 from .data import load_data
 from .engine import check_output, claimed, process_state, quiet, run, runs_in_bfloat16
@@ -83,6 +84,8 @@ def finetune(
     target = Path(output).absolute()
     check_output(target, overwrite)
     directory = find_checkpoint(Path(checkpoint), revision)
+    if directory.resolve() == target.resolve():
+        raise TrainingError(f"output {output} is the checkpoint that is to be trained; choose another.")
     config = _configuration(directory, checkpoint, depth, plain)
     is_retrofitted = isinstance(config, AttnResConfig) and not _is_converted(directory)
     if train == "lora" and is_retrofitted and not merge:
@@ -139,7 +142,7 @@ def finetune(
             if not merge:
                 save_adapter(trained, state, base, tokenizer, stage)
                 return
-            with tempfile.TemporaryDirectory(dir=stage.parent, prefix=".adapter-") as adapter:
+            with tempfile.TemporaryDirectory(dir=stage, prefix=".adapter-") as adapter:
                 trained.save_pretrained(adapter, state_dict=state)
                 merged = PeftModel.from_pretrained(load_model(directory, config), adapter).merge_and_unload()
             save_model(merged, merged.state_dict(), origin, tokenizer, stage)
@@ -202,7 +205,11 @@ def _configuration(directory: Path, checkpoint: Any, depth: Mapping[str, Any] | 
 
 def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer of a directory or Hub id, without running code of it; it has an end-of-text token."""
+    directory = Path(name)
     try:
+        # The library makes an empty one of a directory without any.
+        if directory.is_dir() and not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
+            raise FileNotFoundError(f"no file there is called {' or '.join(TOKENIZER_FILES)}")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a tokenizer may lack anything
         raise TrainingError(f"{name} has no tokenizer that can be loaded: {error}") from error
