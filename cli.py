@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,46 +30,6 @@ app.add_typer(kimi_k3, name="kimi-k3")
 console = Console()
 error_console = Console(stderr=True)
 state = {"debug": False}
-
-
-class Mix(StrEnum):
-    sum = "sum"
-    mean = "mean"
-
-
-class Train(StrEnum):
-    full = "full"
-    lora = "lora"
-    depth = "depth"
-
-
-class Optimizer(StrEnum):
-    adamw = "adamw"
-    muon = "muon"
-
-
-class Schedule(StrEnum):
-    cosine = "cosine"
-    warmup_stable_decay = "warmup_stable_decay"
-
-
-class Packing(StrEnum):
-    auto = "auto"
-    wrapped = "wrapped"
-    bfd = "bfd"
-    none = "none"
-
-
-class Precision(StrEnum):
-    auto = "auto"
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-class Verify(StrEnum):
-    full = "full"
-    sample = "sample"
-    none = "none"
 
 
 def _print_version(value: bool) -> None:
@@ -100,10 +59,11 @@ def convert(
         int | None, typer.Option(help="S, sublayers per block, instead of --num-blocks.", show_default=False)
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Full AttnRes, the same as --block-size 1.")] = False,
-    mix: Annotated[Mix, typer.Option(help="sum: lossless for every architecture; mean: the paper's read.")] = Mix.sum,
+    mix: Annotated[str, typer.Option(help="sum: lossless for every architecture; mean: the paper's read.")] = "sum",
+    num_heads: Annotated[int, typer.Option(help="H, the depth heads; lossless, and no parameter more.")] = 1,
     verify: Annotated[
-        Verify, typer.Option(help="Compare the whole model, its first layers (if it does not fit), or nothing.")
-    ] = Verify.full,
+        str, typer.Option(help="What is compared. full: the whole model; sample: its first layers; none: nothing.")
+    ] = "full",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at DESTINATION.")] = False,
     allow_pickle: Annotated[
@@ -122,8 +82,9 @@ def convert(
         destination,
         num_blocks=num_blocks,
         block_size=1 if full else block_size,
-        mix=mix.value,
-        verify=verify.value,
+        mix=mix,
+        num_heads=num_heads,
+        verify=verify,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
         revision=revision,
@@ -296,8 +257,8 @@ def finetune(
     data: Annotated[list[str], typer.Option(help="File, directory or Hub id to train on; repeat it for several.")],
     output: Annotated[Path, typer.Option(help="Directory to write to; the same command goes on there.")],
     train: Annotated[
-        Train, typer.Option(help="full: all parameters; lora: depth and an adapter; depth: depth parameters alone.")
-    ] = Train.full,
+        str, typer.Option(help="full: all parameters; lora: depth and an adapter; depth: depth parameters alone.")
+    ] = "full",
     validation: Annotated[
         list[str] | None, typer.Option(help="The same, to measure on; or the share held out, as 0.02.")
     ] = None,
@@ -317,7 +278,9 @@ def finetune(
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens in a sequence (1024, or the model's positions).", show_default=False)
     ] = None,
-    packing: Annotated[Packing, typer.Option(help="auto: wrapped for plain text, none for the rest.")] = Packing.auto,
+    packing: Annotated[
+        str, typer.Option(help="wrapped, bfd or none; auto: wrapped for plain text, else none.")
+    ] = "auto",
     assistant_only: Annotated[bool, typer.Option("--assistant-only", help="Loss on the assistant's turns.")] = False,
     completion_only: Annotated[
         bool | None, typer.Option(help="Loss on completions alone (if there are prompts).", show_default=False)
@@ -329,12 +292,12 @@ def finetune(
         float | None, typer.Option(help="Peak, of depth parameters.", show_default=False)
     ] = None,
     weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.01,
-    optimizer: Annotated[Optimizer, typer.Option(help="muon: of matrices, AdamW for the rest.")] = Optimizer.adamw,
-    schedule: Annotated[Schedule, typer.Option(help="Of the learning rates.")] = Schedule.cosine,
+    optimizer: Annotated[str, typer.Option(help="adamw; muon: of matrices, AdamW for the rest.")] = "adamw",
+    schedule: Annotated[str, typer.Option(help="Of the learning rates: cosine or warmup_stable_decay.")] = "cosine",
     warmup: Annotated[float, typer.Option(help="Share of the steps in which they rise.")] = 0.05,
     decay: Annotated[float, typer.Option(help="Share in which warmup_stable_decay lets them fall.")] = 0.2,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are scaled down to it; 0: never.")] = 1.0,
-    precision: Annotated[Precision, typer.Option(help="auto: bf16 where an accelerator has it.")] = Precision.auto,
+    precision: Annotated[str, typer.Option(help="bf16 or fp32; auto: bf16 where an accelerator has it.")] = "auto",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations again in the backward.")
     ] = False,
@@ -364,7 +327,7 @@ def finetune(
         checkpoint,
         data=data,
         output=output,
-        train=train.value,
+        train=train,
         validation=_share_or_paths(validation),
         depth=fields,
         plain=plain,
@@ -376,18 +339,18 @@ def finetune(
         batch_size=batch_size,
         accumulation=accumulation,
         sequence_length=sequence_length,
-        packing=packing.value,
+        packing=packing,
         assistant_only=assistant_only,
         completion_only=completion_only,
         learning_rate=learning_rate,
         depth_learning_rate=depth_learning_rate,
         weight_decay=weight_decay,
-        optimizer=optimizer.value,
-        schedule=schedule.value,
+        optimizer=optimizer,
+        schedule=schedule,
         warmup=warmup,
         decay=decay,
         max_grad_norm=max_grad_norm,
-        precision=precision.value,
+        precision=precision,
         gradient_checkpointing=gradient_checkpointing,
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,

@@ -24,7 +24,7 @@ from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..configuration_attnres import AttnResConfig, AttnResError
+from ..configuration_attnres import DEPTH_VARIANTS, AttnResConfig, AttnResError
 from .scores import score_text
 
 CARD = "README.md"
@@ -370,11 +370,14 @@ def _configuration(depth: AttnResConfig, config: Mapping[str, Any]) -> list[tupl
     settings, size = depth.depth_attention, depth.depth_attention["block_size"]
     kind = "Full AttnRes" if size == 1 else "Block AttnRes"
     mixes = {"sum": "sum: a read is the weighted mean times the number of sources", "mean": "mean, as in the paper"}
+    mixes["gated"] = "gated: the residual stream plus a learned gate times the weighted mean"
+    variants = [name for name, value in DEPTH_VARIANTS.items() if settings[name] != value]
     return [
         ("Kind", f"{kind}: {depth.num_blocks} blocks of {size} sublayers, {depth.num_sublayers} in all"),
         ("Reads", f"{depth.num_reads}, each with a pseudo-query and a key norm of {depth.hidden_size}"),
         ("Mix", mixes[settings["mix"]]),
         ("Epsilon of the key norm", f"{settings['key_norm_eps']:g}"),
+        *((f"`{name}`", _text(str(settings[name]))) for name in variants),
         ("Backbone", f"{_text(depth.model_type)}, {depth.num_hidden_layers} decoder layers"),
         ("Weights", _text(config.get("dtype") or "dtype not recorded")),
     ]

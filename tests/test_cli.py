@@ -95,6 +95,8 @@ def test_card_and_push(source: Path, tmp_path: Path, run: Callable[..., Result])
         (["convert", "nowhere/at/all", "converted"], "does not exist"),
         (["convert", "source", "converted", "--num-blocks", "99"], "num_blocks=99"),
         (["convert", "source", "converted", "--full", "--num-blocks", "2"], "--full stands for --block-size 1"),
+        (["convert", "source", "converted", "--mix", "product"], "mix='product' is not allowed; choose one of"),
+        (["convert", "source", "converted", "--verify", "some"], "verify='some' is not allowed; choose one of"),
         (["convert", "source", "source"], "exists; choose another"),
         (["demo", "--output", "source"], "was not made by the demo"),
         (["finetune", "source", "--data", "nowhere.jsonl", "--output", "out"], "has no tokenizer"),
@@ -116,9 +118,7 @@ def test_debug_shows_the_traceback(run: Callable[..., Result]) -> None:
         run("--debug", "convert", "nowhere/at/all", "converted")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["convert"], ["convert", "a"], ["nonsense"], ["convert", "a", "b", "--mix", "x"]]
-)
+@pytest.mark.parametrize("arguments", [["convert"], ["convert", "a"], ["nonsense"], ["convert", "a", "b", "--mixx"]])
 def test_wrong_usage(run: Callable[..., Result], arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.returncode == 2

@@ -16,7 +16,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LOR
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..configuration_attnres import DEPTH_ARGUMENTS, AttnResConfig, AttnResError
+from ..configuration_attnres import DEPTH_ARGUMENTS, DEPTH_VARIANTS, AttnResConfig, AttnResError
 from ..conversion.quantization import quantization_method
 from ..conversion.source import DEPTH_MODULE, find_checkpoint, find_companions, open_source, read_index, read_json
 from ..conversion.tokenizer import TOKENIZER_FILES
@@ -59,7 +59,9 @@ def finetune(
             `"depth"` depth parameters alone.
         validation (*optional*): data of the same kind, or the share of `data` that is held out.
         split, text_column (`str`, *optional*): of the data.
-        depth (`Mapping`, *optional*): arguments of [`AttnResConfig`] (`num_blocks`, `mix`, ...) for a plain checkpoint.
+        depth (`Mapping`, *optional*):
+            Arguments of [`AttnResConfig`] (`num_blocks`, `mix`, ...) and variants (`num_heads`, ...) for a plain
+            checkpoint.
         plain (`bool`, *optional*): train a plain checkpoint as it is, for comparison.
         merge (`bool`, *optional*): fold the adapter of `"lora"` into the weights, and write a whole checkpoint.
         revision (`str`, *optional*): branch, tag or commit of a Hub id.
@@ -191,11 +193,14 @@ def _configuration(directory: Path, checkpoint: Any, depth: Mapping[str, Any] | 
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     else:
         source = open_source(directory)
-        if unknown := sorted((depth or {}).keys() - DEPTH_ARGUMENTS.keys()):
-            raise TrainingError(f"depth has {unknown[0]!r}; there are: {', '.join(DEPTH_ARGUMENTS)}.")
+        known = (*DEPTH_ARGUMENTS, *DEPTH_VARIANTS)
+        if unknown := sorted((depth or {}).keys() - {*known}):
+            raise TrainingError(f"depth has {unknown[0]!r}; there are: {', '.join(known)}.")
         config = source.config
         if not plain:
-            config = AttnResConfig(backbone_config=config, **({"mix": "sum"} | dict(depth or {})))
+            arguments = {"mix": "sum", **(depth or {})}
+            variant = {name: arguments.pop(name) for name in DEPTH_VARIANTS if name in arguments}
+            config = AttnResConfig(backbone_config=config, depth_attention=variant, **arguments)
             config.architectures = ["AttnResForCausalLM"]
         config.dtype = config.dtype or torch.float32
     if method := quantization_method(config):

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, set_seed
 
-from ..configuration_attnres import AttnResConfig, AttnResError
+from ..configuration_attnres import DEPTH_VARIANTS, AttnResConfig, AttnResError
 from ..modeling_attnres import AttnResForCausalLM
 from . import baselines
 from .data import load_data
@@ -36,7 +36,7 @@ class ModelSection:
             among them. Token ids that it leaves out are the tokenizer's.
         tokenizer (`str`): a directory or Hub id.
         residual (`str`, defaults to `"attnres"`): one of `RESIDUALS`.
-        depth_attention (`dict`): arguments of [`AttnResConfig`], for `"attnres"`.
+        depth_attention (`dict`): arguments of [`AttnResConfig`] about depth and variants of a read, for `"attnres"`.
         num_streams (`int`, *optional*): of `"hyper_connections"` and `"mhc"`.
     """
 
@@ -245,7 +245,9 @@ def make_model(backbone: PreTrainedConfig, section: ModelSection, seed: int) -> 
         seed (`int`): of the weights.
     """
     if section.residual == "attnres":
-        config = AttnResConfig(backbone_config=backbone, **section.depth_attention)
+        arguments = dict(section.depth_attention)
+        variant = {name: arguments.pop(name) for name in DEPTH_VARIANTS if name in arguments}
+        config = AttnResConfig(backbone_config=backbone, depth_attention=variant, **arguments)
         config.architectures = ["AttnResForCausalLM"]
     try:
         set_seed(seed)
