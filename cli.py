@@ -275,7 +275,9 @@ def finetune(
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Sequences per device and forward.")] = 8,
     accumulation: Annotated[int, typer.Option(help="Forwards per optimizer step.")] = 1,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 1024,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence (1024, or the model's positions).", show_default=False)
+    ] = None,
     packing: Annotated[
         str, typer.Option(help="wrapped, bfd or none; auto: wrapped for plain text, else none.")
     ] = "auto",

@@ -113,7 +113,8 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> Any:
         settings = self.depth_settings
-        stands_alone = (self.gradient_checkpointing and self.training) or is_sharded(type(self))
+        is_recomputed = self.gradient_checkpointing and self.training
+        stands_alone = is_recomputed or is_sharded(type(self))  # type: ignore[arg-type]
         if isinstance(hidden_states, torch.Tensor):
             state = DepthState((hidden_states,))
         else:

@@ -310,8 +310,38 @@ def test_finished_and_other_settings(converted: Path, corpus: Path, tmp_path: Pa
         finetune(converted, **{**arguments, "seed": 7})
     with pytest.raises(TrainingError, match="data.files"):
         finetune(converted, **{**arguments, "data": corpus / "files"})
+    note = write(tmp_path / "out" / "note.txt", b"mine")
+    with pytest.raises(TrainingError, match=r"note\.txt"):
+        finetune(converted, **{**arguments, "seed": 7}, overwrite=True)
+    assert (tmp_path / "out" / "model-attnres.safetensors").is_file()
+    note.unlink()
     again = finetune(converted, **{**arguments, "seed": 7}, overwrite=True)
     assert again.losses != first.losses
+    with pytest.raises(TrainingError, match="is the checkpoint that is to be trained"):
+        finetune(tmp_path / "out", **arguments, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [
+        (dict(schedule="cosine", warmup=0.25), [0, 0.5, 1, 0.933, 0.75, 0.5, 0.25, 0.067]),
+        (dict(schedule="warmup_stable_decay", warmup=0.25, decay=0.5), [0, 0.5, 1, 1, 1, 0.854, 0.5, 0.146]),
+    ],
+)
+def test_schedules(
+    settings: dict[str, Any], shares: list[float], converted: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Learning rates of eight steps as shares of the peak."""
+    finetune(
+        converted,
+        data=corpus / "text.jsonl",
+        output=tmp_path / "out",
+        learning_rate=1e-3,
+        **{**QUICK, "steps": 8, "keep_checkpoints": True, **settings},
+    )
+    state = json.loads((tmp_path / "out" / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert rates == pytest.approx([share * 1e-3 for share in shares], abs=2e-6)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

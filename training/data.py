@@ -70,7 +70,9 @@ def load_data(
         parts = rows.train_test_split(max(1, round(validation * len(rows))), seed=seed)
         rows, held_out = parts["train"], parts["test"]
     elif validation:
-        held_out = _read_all(validation, split, text_column, files)
+        others: dict[str, str] = {}
+        held_out = _read_all(validation, split, text_column, others)
+        files |= {f"validation: {name}": digest for name, digest in others.items()}
         if (other := _kind(held_out, validation, text_column)) != kind:
             raise TrainingError(f"The training data are of kind {kind!r}, the validation data of kind {other!r}.")
     return Data(rows, held_out, kind, files)

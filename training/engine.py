@@ -34,6 +34,7 @@ from .trainer import DepthTrainer, LastStep, ProgressBar, sync_tree
 
 CHECKPOINTS = "checkpoints"
 RUNS = "runs"
+RESULT = ".result"  # where the result is made
 NEVER = 10**9
 
 
@@ -90,7 +91,7 @@ def claimed(output: Path, report: TrainingReport, overwrite: bool) -> Iterator[T
                 raise TrainingError(f"another process trains into {output}: {error}") from error
             earlier = TrainingReport.read(output)
             if overwrite and earlier is not None:
-                clear(output)
+                clear(output, earlier)
                 earlier = None
             if earlier is None:
                 report.write(output)
@@ -103,9 +104,17 @@ def claimed(output: Path, report: TrainingReport, overwrite: bool) -> Iterator[T
         yield TrainingReport.read(output) or report
 
 
-def clear(output: Path) -> None:
-    """Removes what a training wrote."""
-    for path in output.iterdir():
+def clear(output: Path, report: TrainingReport) -> None:
+    """Removes what a run wrote.
+
+    Raises:
+        TrainingError: there is something else; nothing was removed.
+    """
+    ours = {CHECKPOINTS, RUNS, RESULT, TRAINING_REPORT, *report.files}
+    paths = list(output.iterdir())
+    if others := sorted(path.name for path in paths if path.name not in ours):
+        raise TrainingError(f"output {output} holds {others[0]!r}, which no training wrote; move it elsewhere.")
+    for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -171,7 +180,8 @@ def run(
         raise
     except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
         raise TrainingError(f"The model cannot be trained on these data: {error}") from error
-    for rows, what in ((trainer.train_dataset, "training"), (trainer.eval_dataset, "validation")):
+    prepared: tuple[tuple[Any, str], ...] = ((trainer.train_dataset, "training"), (trainer.eval_dataset, "validation"))
+    for rows, what in prepared:
         if rows is not None and not any(label != -100 for labels in rows["labels"] for label in labels[1:]):
             raise TrainingError(f"The {what} data have no token that counts for the loss.")
     trainer.remove_callback(PrinterCallback)
@@ -183,8 +193,7 @@ def run(
         if bar is not None:
             stack.enter_context(bar.shown())
         trainer.train(resume_from_checkpoint=last)
-    finished = _finished(report, trainer, time.perf_counter() - started)
-    _deliver(trainer, finished, output, save)
+    finished = _deliver(trainer, _finished(report, trainer, time.perf_counter() - started), output, save)
     if state.is_main_process and not settings.keep_checkpoints:
         shutil.rmtree(checkpoints)
     state.wait_for_everyone()
@@ -270,7 +279,7 @@ def quiet() -> Iterator[None]:
 def _finished(report: TrainingReport, trainer: DepthTrainer, seconds: float) -> TrainingReport:
     """The report with what came out, of which the trainer's state keeps account across resumptions."""
     state = trainer.state
-    losses = tuple((entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry)
+    losses = tuple((int(entry["step"]), entry["loss"]) for entry in state.log_history if "loss" in entry)
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     validation = None
     if evaluations:
@@ -294,10 +303,10 @@ def _finished(report: TrainingReport, trainer: DepthTrainer, seconds: float) -> 
 
 def _deliver(
     trainer: DepthTrainer, report: TrainingReport, output: Path, save: Callable[[DepthTrainer, Path], None]
-) -> None:
+) -> TrainingReport:
     """Writes the result beside its place, then moves it there file by file. The report that says "finished" is last, so
     a run that is killed meanwhile does this again."""
-    stage = output / ".result"
+    stage = output / RESULT
     try:
         if trainer.args.should_save:
             shutil.rmtree(stage, ignore_errors=True)
@@ -308,6 +317,7 @@ def _deliver(
         if trainer.args.should_save:
             (stage / TRAINING_REPORT).unlink()
             sync_tree(stage)
+            report = replace(report, files=tuple(sorted(path.name for path in stage.iterdir())))
             for path in sorted(stage.iterdir()):
                 if (output / path.name).is_dir():
                     shutil.rmtree(output / path.name)
@@ -317,6 +327,7 @@ def _deliver(
         trainer.accelerator.wait_for_everyone()
     except OSError as error:
         raise TrainingError(f"The result cannot be written to {output}: {error}") from error
+    return report
 
 
 __all__ = ["check_output", "claimed", "process_state", "quiet", "run", "runs_in_bfloat16"]

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ..configuration_attnres import DEPTH_ARGUMENTS, DEPTH_VARIANTS, AttnResConfig, AttnResError
 from ..conversion.quantization import quantization_method
 from ..conversion.source import DEPTH_MODULE, find_checkpoint, find_companions, open_source, read_index, read_json
+from ..conversion.tokenizer import TOKENIZER_FILES
 from ..modeling_attnres import AttnResForCausalLM
 from .data import load_data
 from .engine import check_output, claimed, process_state, quiet, run, runs_in_bfloat16
@@ -85,6 +86,8 @@ def finetune(
     target = Path(output).absolute()
     check_output(target, overwrite)
     directory = find_checkpoint(Path(checkpoint), revision)
+    if directory.resolve() == target.resolve():
+        raise TrainingError(f"output {output} is the checkpoint that is to be trained; choose another.")
     config = _configuration(directory, checkpoint, depth, plain)
     is_retrofitted = isinstance(config, AttnResConfig) and not _is_converted(directory)
     if train == "lora" and is_retrofitted and not merge:
@@ -92,7 +95,7 @@ def finetune(
             f"{checkpoint} is a plain checkpoint, and an adapter with depth parameters can only be loaded on a "
             "converted one: convert it first (attnres convert), or give merge (--merge)."
         )
-    check_length(chosen, config)
+    chosen = chosen.for_model(config)
     tokenizer = load_tokenizer(directory)
     rows = load_data(*(as_list(data), as_list(validation)), split=split, text_column=text_column, seed=chosen.seed)
     if rows.kind == "messages" and tokenizer.chat_template is None:
@@ -141,7 +144,7 @@ def finetune(
             if not merge:
                 save_adapter(trained, state, base, tokenizer, stage)
                 return
-            with tempfile.TemporaryDirectory(dir=stage.parent, prefix=".adapter-") as adapter:
+            with tempfile.TemporaryDirectory(dir=stage, prefix=".adapter-") as adapter:
                 trained.save_pretrained(adapter, state_dict=state)
                 merged = PeftModel.from_pretrained(load_model(directory, config), adapter).merge_and_unload()
             save_model(merged, merged.state_dict(), origin, tokenizer, stage)
@@ -205,19 +208,13 @@ def _configuration(directory: Path, checkpoint: Any, depth: Mapping[str, Any] | 
     return config
 
 
-def check_length(settings: TrainingSettings, config: Any) -> None:
-    """Raises [`TrainingError`] if sequences are longer than the model's positions."""
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and settings.sequence_length > longest:
-        raise TrainingError(
-            f"sequence_length={settings.sequence_length} is more than the {longest} positions that the model has "
-            "(max_position_embeddings); lower it."
-        )
-
-
 def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer of a directory or Hub id, without running code of it; it has an end-of-text token."""
+    directory = Path(name)
     try:
+        # The library makes an empty one of a directory without any.
+        if directory.is_dir() and not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
+            raise FileNotFoundError(f"no file there is called {' or '.join(TOKENIZER_FILES)}")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a tokenizer may lack anything
         raise TrainingError(f"{name} has no tokenizer that can be loaded: {error}") from error

@@ -19,7 +19,7 @@ from . import baselines
 from .data import load_data
 from .engine import check_output, claimed, process_state, quiet, run
 from .errors import TrainingError
-from .finetuning import as_list, check_length, load_tokenizer
+from .finetuning import as_list, load_tokenizer
 from .report import TrainingReport, versions
 from .saving import Origin, save_model, whole_state
 from .settings import TrainingSettings
@@ -167,7 +167,7 @@ def train(
     check_output(target, overwrite)
     tokenizer = load_tokenizer(section.tokenizer)
     backbone = _backbone(section, tokenizer)
-    check_length(settings, backbone)
+    settings = settings.for_model(backbone)
     rows = load_data(
         as_list(config.data.train),
         as_list(config.data.validation),

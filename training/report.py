@@ -36,6 +36,7 @@ class TrainingReport:
         train_loss: mean loss of the last logged steps, nats per token.
         validation: `loss` (nats per token) and `bits_per_byte`, `before` the first and `after` the last step.
         seconds: wall time of the last process that trained, since its last start.
+        files: what was written beside the report, by name.
         losses: `[step, loss]` for each logged loss.
     """
 
@@ -52,6 +53,7 @@ class TrainingReport:
     train_loss: float | None = None
     validation: dict[str, dict[str, float]] | None = None
     seconds: float = 0.0
+    files: tuple[str, ...] = ()
     losses: tuple[tuple[int, float], ...] = ()
 
     def write(self, directory: Path) -> None:
@@ -80,7 +82,8 @@ class TrainingReport:
             return None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**values | {"losses": tuple((step, loss) for step, loss in values["losses"])})
+            losses = tuple((step, loss) for step, loss in values["losses"])
+            return cls(**values | {"files": tuple(values["files"]), "losses": losses})
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise TrainingError(f"{path} is not what a training writes: {error}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from .errors import TrainingError
@@ -14,6 +14,8 @@ MODES = ("full", "lora", "depth")
 # The learning rates of a run that names none, by what it trains: of the decoder, and of the depth parameters.
 # TODAY'S CHOICE: one seed of a small model (docs/training.md); a study is to replace them.
 LEARNING_RATES = {"full": (3e-5, 3e-4), "lora": (2e-4, 3e-4), "depth": (0.0, 3e-3), "scratch": (4e-3, 4e-3)}
+
+SEQUENCE_LENGTH = 1024
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adamw", "muon"),
@@ -42,7 +44,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "log_every": (1, 10**9, True),
     "seed": (0, 2**32 - 1, True),
 }
-OPTIONAL = ("steps", "learning_rate", "depth_learning_rate", "eval_every", "completion_only")
+OPTIONAL = ("steps", "sequence_length", "learning_rate", "depth_learning_rate", "eval_every", "completion_only")
 # These change what is shown and kept, not what is learned, so a resumed run may have others.
 FREE_TO_CHANGE = ("tensorboard", "keep_checkpoints")
 
@@ -56,7 +58,7 @@ class TrainingSettings:
         epochs (`float`, defaults to 1): passes over the data, if there are no `steps`.
         batch_size (`int`, defaults to 8): sequences per device and forward.
         accumulation (`int`, defaults to 1): forwards per optimizer step.
-        sequence_length (`int`, defaults to 1024): tokens in a sequence.
+        sequence_length (`int`, *optional*): tokens in a sequence; by default 1024, or the model's positions if fewer.
         packing (`str`, defaults to `"auto"`):
             `"wrapped"` cuts one long stream of tokens into sequences, `"bfd"` puts whole examples together that do not
             see each other (TRL's best fit decreasing), `"none"` pads. `"auto"` wraps plain text and pads the rest.
@@ -91,7 +93,7 @@ class TrainingSettings:
     epochs: float = 1.0
     batch_size: int = 8
     accumulation: int = 1
-    sequence_length: int = 1024
+    sequence_length: int | None = None
     packing: str = "auto"
     completion_only: bool | None = None
     assistant_only: bool = False
@@ -159,6 +161,23 @@ class TrainingSettings:
         if unknown := sorted(values.keys() - set(known)):
             raise TrainingError(f"{unknown[0]!r} is no setting of training; there are: {', '.join(known)}.")
         return cls(**values)
+
+    def for_model(self, config: Any) -> TrainingSettings:
+        """The same settings with the length of sequences for the model of this configuration.
+
+        Raises:
+            TrainingError: sequences are longer than the model has positions.
+        """
+        longest = getattr(config, "max_position_embeddings", None)
+        longest = longest if isinstance(longest, int) and longest > 0 else None
+        if self.sequence_length is None:
+            return replace(self, sequence_length=min(SEQUENCE_LENGTH, longest or SEQUENCE_LENGTH))
+        if longest is not None and self.sequence_length > longest:
+            raise TrainingError(
+                f"sequence_length={self.sequence_length} is more than the {longest} positions that the model has "
+                "(max_position_embeddings); lower it."
+            )
+        return self
 
     def learning_rates(self, mode: str) -> tuple[float, float]:
         """The peak learning rates of the decoder and of the depth parameters, for what is trained (`MODES`)."""

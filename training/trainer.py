@@ -44,8 +44,15 @@ class DepthTrainer(SFTTrainer):
         kwargs: of `SFTTrainer`.
     """
 
-    optimizer: Any
+    # The library declares most of these as optional; here there are all of them.
+    args: Any
+    callback_handler: Any
     control: Any
+    data_collator: Any
+    eval_dataset: Any
+    model: Any
+    optimizer: Any
+    state: Any
 
     def __init__(self, *, settings: TrainingSettings, learning_rates: tuple[float, float], **kwargs: Any):
         self.settings, self.learning_rates = settings, learning_rates
@@ -77,6 +84,7 @@ class DepthTrainer(SFTTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        self.args.warmup_steps = math.ceil(self.settings.warmup * num_training_steps)
         if self.settings.schedule == "warmup_stable_decay":
             self.args.lr_scheduler_kwargs = {"num_decay_steps": round(self.settings.decay * num_training_steps)}
         return super().create_scheduler(num_training_steps, optimizer)
@@ -89,10 +97,9 @@ class DepthTrainer(SFTTrainer):
         self._last_inputs = inputs
         return loss
 
-    def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)
-        if norm is not None:
-            self._check_finite(torch.as_tensor(norm, device=self.args.device), "norm of the gradient", model, None)
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._check_finite(torch.as_tensor(norm, device=self.args.device), "norm of the gradient", model, None)
         return norm
 
     def _check_finite(self, value: torch.Tensor, what: str, model: Any, inputs: Any) -> None:

@@ -160,6 +160,11 @@ class StreamsRead:
     """Reads of the streams, in the place of depth attention."""
 
     @staticmethod
+    def covers(settings: DepthSettings) -> bool:
+        """There are no variants."""
+        return True
+
+    @staticmethod
     def fuses(state: Any) -> bool:
         """Never."""
         return False
