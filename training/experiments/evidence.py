@@ -330,7 +330,8 @@ def filled(page: str, parts: Mapping[str, str]) -> str:
     """
     for name, text in parts.items():
         pattern = rf"(<!-- {name}: start -->\n).*?(<!-- {name}: end -->)"
-        page, count = re.subn(pattern, lambda match, text=text: f"{match[1]}{text}\n{match[2]}", page, flags=re.DOTALL)
+        between = text.replace("\\", r"\\")
+        page, count = re.subn(pattern, rf"\g<1>{between}\n\g<2>", page, flags=re.DOTALL)
         if count != 1:
             raise TrainingError(f"{PAGE} has {count} places for {name!r}; one pair of markers was expected.")
     return page
