@@ -56,6 +56,8 @@ MAX_LAYERS = 10_000
 MAX_LABELS = 1_000_000
 MAX_NESTING = 50
 
+MAX_MESSAGE = 4000  # characters of an error: a file may quote megabytes
+
 # The arguments of the constructor that set an entry of `depth_attention`, by the entry that each sets.
 DEPTH_ARGUMENTS = {
     "block_size": "block_size",
@@ -79,14 +81,22 @@ AUTO_MAP = {
 IS_INSTALLED = __package__ == "attnres"
 
 
+def printable(text: str) -> str:
+    """A text whose control characters are escaped, but for the ends of lines and tabulators."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 class AttnResError(ValueError):
     """Root of all errors of this package: says what was wrong, where, and what to do.
 
-    Messages quote files that may come from anyone, so control characters are escaped before a terminal sees them.
+    Messages quote files that may come from anyone, so control characters are escaped before a terminal sees them, and
+    the middle of a long one is left out.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message))
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
+        super().__init__(printable(message))
 
 
 class AttnResConfigError(AttnResError):
