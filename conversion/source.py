@@ -159,6 +159,13 @@ def open_source(source: str | os.PathLike, revision: str | None = None, allow_pi
         if isinstance(error, ConversionError):
             raise
         raise ConversionError(f"source {source!r} is no path and no Hub id: {error}") from error
+    try:
+        return _open(source, directory, allow_pickle)
+    except OSError as error:  # a directory that cannot be listed
+        raise ConversionError(f"{directory} cannot be read: {error}") from error
+
+
+def _open(source: str | os.PathLike, directory: Path, allow_pickle: bool) -> Source:
     config = _read_config(directory)
     shards, tensors = read_index(directory, allow_pickle)
     pickles = tuple(shard for shard in shards if shard.endswith(".bin"))

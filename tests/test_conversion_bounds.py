@@ -25,8 +25,9 @@ from attnres import convert
 from attnres.conversion import ConversionError
 from attnres.conversion import source as source_module
 from attnres.conversion.confinement import try_out
-from attnres.conversion.source import open_file
+from attnres.conversion.source import open_file, open_source
 from attnres.examples.demo import CHECKPOINT
+from attnres.model_cards.card import inherited_metadata
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -291,3 +292,28 @@ def test_the_limits_leave_room(monkeypatch: pytest.MonkeyPatch, pristine: Path, 
     """What is honest takes a small part of them."""
     monkeypatch.setattr(source_module, "try_out", partial(try_out, seconds=10, memory=2**29))
     convert(pristine, tmp_path / "converted", verify="none")
+
+
+YAML = ['!!int ""', "!!timestamp x", "!!float {}", "!!binary x", "!!omap 3", "!!pairs [1]", "!!set [1]", "!!bool maybe"]
+YAML += ["!!python/name:os.getcwd", "!x y", "*nothing", "{? {a: b} : c}", "[" * 2000, "&a [*a]", "2024-99-99", "@"]
+
+
+@pytest.mark.parametrize("value", YAML)
+def test_a_card_that_cannot_be_read_has_nothing_to_inherit(value: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlicense: {value}\n---\n# A card\n")
+    assert inherited_metadata(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["config.json", SHARD])
+def test_a_directory_that_cannot_be_listed(
+    name: str, pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(pristine, tmp_path / "source")
+    (source / name).unlink()
+
+    def refuse(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(ConversionError, match="source cannot be read: .*Permission denied"):
+        open_source(source)
