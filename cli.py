@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +13,10 @@ import typer
 import yaml
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from . import __version__
-from .configuration_attnres import AttnResError
+from .configuration_attnres import AttnResError, printable
 
 if TYPE_CHECKING:
     from .training import TrainingReport
@@ -27,8 +30,23 @@ app = typer.Typer(
 )
 kimi_k3 = typer.Typer(help="Checkpoints in the layout of Kimi K3.", no_args_is_help=True)
 app.add_typer(kimi_k3, name="kimi-k3")
-console = Console()
-error_console = Console(stderr=True)
+
+
+class TerminalConsole(Console):
+    """Prints text that may come from anyone, such as names of files, and may be cut off from its reader."""
+
+    def render_str(self, text: str, **kwargs: Any) -> Text:
+        return super().render_str(printable(text), **kwargs)
+
+    def print(self, *objects: Any, **kwargs: Any) -> None:
+        try:
+            super().print(*objects, **kwargs)
+        except OSError as error:  # a full disk, for one
+            raise AttnResError(f"the output cannot be written: {error}") from error
+
+
+console = TerminalConsole()
+error_console = TerminalConsole(stderr=True)
 state = {"debug": False}
 
 
@@ -480,13 +498,16 @@ def demo(
 
 def main() -> None:
     """Runs the command; an [`AttnResError`] is printed as a message, without a traceback, and exits with 2."""
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: printable(format_warning(*args, **kwargs))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half-written is removed
     try:
         app()
     except AttnResError as error:
         if state["debug"]:
             raise
-        error_console.print("[bold red]Error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
+        with suppress(AttnResError):  # nobody can be told
+            error_console.print("[bold red]Error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -23,8 +23,10 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
@@ -49,6 +51,12 @@ DEPTH_VARIANTS: dict[str, Any] = {  # their values in the paper's read
 }
 DEPTH_DEFAULTS = {"mix": "mean", "key_norm_eps": 1e-6, "implementation": "two_phase", **DEPTH_VARIANTS}
 DEFAULT_NUM_BLOCKS = 8
+# In a config.json: far more than any model has.
+MAX_LAYERS = 10_000
+MAX_LABELS = 1_000_000
+MAX_NESTING = 50
+
+MAX_MESSAGE = 4000  # characters of an error: a file may quote megabytes
 
 # The arguments of the constructor that set an entry of `depth_attention`, by the entry that each sets.
 DEPTH_ARGUMENTS = {
@@ -73,14 +81,22 @@ AUTO_MAP = {
 IS_INSTALLED = __package__ == "attnres"
 
 
+def printable(text: str) -> str:
+    """A text whose control characters are escaped, but for the ends of lines and tabulators."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 class AttnResError(ValueError):
     """Root of all errors of this package: says what was wrong, where, and what to do.
 
-    Messages quote files that may come from anyone, so control characters are escaped before a terminal sees them.
+    Messages quote files that may come from anyone, so control characters are escaped before a terminal sees them, and
+    the middle of a long one is left out.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message))
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
+        super().__init__(printable(message))
 
 
 class AttnResConfigError(AttnResError):
@@ -298,9 +314,13 @@ class AttnResConfig(PreTrainedConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in [`PreTrainedConfig`]; `kwargs` may also hold arguments of this class. Takes the configuration of an
         AttnRes model, or that of another decoder, which becomes the backbone with `mix="sum"`."""
-        config_dict, others = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            config_dict, others = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (RecursionError, AttributeError, TypeError) as error:  # nested beyond reason, or no object
+            raise AttnResConfigError(f"{pretrained_model_name_or_path}: config.json cannot be read: {error}") from error
         if config_dict.get("model_type") == AttnResConfig.model_type:
-            return cls.from_dict(config_dict, **others)
+            with _names_file(pretrained_model_name_or_path):
+                return cls.from_dict(config_dict, **others)
         depth = {name: kwargs.pop(name) for name in ("depth_attention", *DEPTH_ARGUMENTS) if name in kwargs}
         returns_unused = kwargs.pop("return_unused_kwargs", False)
         backbone_config, unused = AutoConfig.from_pretrained(
@@ -312,6 +332,11 @@ class AttnResConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in [`PreTrainedConfig`]; `kwargs` may also hold arguments of this class."""
+        with _names_file(kwargs.get("name_or_path")):  # given by `AutoConfig`
+            return cls._from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         if "backbone_config" in config_dict:
             raise AttnResConfigError(
                 "this config.json nests the decoder's fields in `backbone_config`, as attnres 0.1 did; convert the "
@@ -329,11 +354,12 @@ class AttnResConfig(PreTrainedConfig):
             raise AttnResConfigError(
                 f"backbone_model_type={model_type!r} is no decoder that this version of Transformers has."
             )
+        _check_extent(model_type, fields)
         try:
             backbone_config, unused = CONFIG_MAPPING[model_type].from_dict(
                 {**fields, "model_type": model_type}, return_unused_kwargs=True, **kwargs
             )
-        except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, StrictDataclassError) as error:
             raise AttnResConfigError(f"the fields make no {model_type} configuration: {error}") from error
         config = _with_depth(backbone_config, entry, depth)
         return (config, unused) if returns_unused else config
@@ -490,6 +516,36 @@ def _resolve_backbone_config(backbone_config: Any) -> PreTrainedConfig:
             "a decoder with at least one layer is needed."
         )
     return backbone_config
+
+
+@contextmanager
+def _names_file(directory: Any) -> Iterator[None]:
+    """Puts the name of the config.json into errors, if it is known."""
+    try:
+        yield
+    except AttnResError as error:
+        if not directory:
+            raise
+        raise type(error)(f"{Path(str(directory)) / 'config.json'}: {error}") from error
+
+
+def _check_extent(model_type: str, fields: dict[str, Any]) -> None:
+    """Before a configuration is made, which lists the type of each layer and the name of each label."""
+    level: list[Any] = [fields]
+    for _ in range(MAX_NESTING):
+        level = [
+            value
+            for outer in level
+            for value in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(value, (dict, list)) and value
+        ]
+    if level:
+        raise AttnResConfigError(f"its fields are nested more than {MAX_NESTING} levels deep.")
+    alias = CONFIG_MAPPING[model_type].attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    for field, most in {"num_hidden_layers": MAX_LAYERS, alias: MAX_LAYERS, "num_labels": MAX_LABELS}.items():
+        value = fields.get(field)
+        if isinstance(value, int) and value > most:
+            raise AttnResConfigError(f"{field} has {len(str(most))} digits or more; at most {most} make sense.")
 
 
 def _check_range(field: str, value: Any, low: int, high: int, what: str) -> None:

@@ -23,7 +23,9 @@ its input from depth and writes its output to depth, where it used to add to one
 
 from __future__ import annotations
 
+import os
 from functools import cache, wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,9 +46,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .checkpoint_files import check_checkpoint, check_loaded
 from .configuration_attnres import (
     IS_INSTALLED,
     AttnResConfig,
+    AttnResConfigError,
     AttnResError,
     UnsupportedBackboneError,
     for_each_config_class,
@@ -74,7 +78,15 @@ class AttnResPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: AttnResConfig, *args: Any, **kwargs: Any):
         config.validate_depth_attention()
-        super().__init__(config, *args, **kwargs)
+        try:
+            super().__init__(config, *args, **kwargs)
+        except (AttnResError, torch.OutOfMemoryError):
+            raise
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            place = f"{config.name_or_path}: " if config.name_or_path else ""
+            raise AttnResConfigError(
+                f"{place}the configuration makes no {config.model_type} model: {type(error).__name__}: {error}"
+            ) from error
 
     @classmethod
     def of_backbone(cls, config: Any) -> Any:
@@ -107,12 +119,28 @@ class AttnResPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """As in [`PreTrainedModel`]. Arguments of [`AttnResConfig`] are taken too. The checkpoint of a plain decoder is
-        retrofitted while it is loaded."""
+        retrofitted while it is loaded.
+
+        Raises:
+            AttnResError: an AttnRes checkpoint in a directory is damaged; the message names file and tensor.
+        """
+        path = pretrained_model_name_or_path
+        is_from_files = kwargs.get("state_dict") is None and kwargs.get("gguf_file") is None
+        if is_from_files and isinstance(path, (str, os.PathLike)) and os.path.isdir(path):
+            check_checkpoint(Path(path, kwargs.get("subfolder") or ""), kwargs.get("variant"))
         if cls.backbone_class is None and isinstance(config, PreTrainedConfig):
             return cls.of_backbone(config).from_pretrained(
                 pretrained_model_name_or_path, *args, config=config, **kwargs
             )
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> Any:
+        """The library reads the tensors here, before it takes memory for those that are missing or of other shapes."""
+        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
+        if state_dict is None and checkpoint_files:
+            check_loaded(model, loaded[0], checkpoint_files, load_config.ignore_mismatched_sizes)
+        return loaded
 
     def post_init(self) -> None:
         """The backbone calls this at the end of its constructor. Here the base model becomes an AttnRes model."""

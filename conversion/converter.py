@@ -13,9 +13,9 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich import filesize
@@ -33,6 +33,7 @@ from ..configuration_attnres import MIXES, AttnResConfig
 from ..depth_attention import DepthAttention
 from ..model_cards.card import CARD, build_card, inherited_metadata
 from . import pickles, quantization
+from .confinement import MEMORY, try_out
 from .delivery import REPORT, check_destination, deliver, staging, umask, written_files
 from .errors import ConversionError
 from .loading import depth_names
@@ -174,9 +175,9 @@ def convert(
         write_config_and_code(config, stage)
         for name in checkpoint.companions:
             (stage / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(checkpoint.directory / name, stage / name)
-        write_generation_config(checkpoint.directory, stage)
-        tokenizer = pin_tokenizer(checkpoint.directory, stage)
+            shutil.copyfile(checkpoint.files / name, stage / name)
+        write_generation_config(checkpoint.files, stage)
+        tokenizer = pin_tokenizer(checkpoint.files, stage)
         check_complete(checkpoint, stage)
         report = ConversionReport(
             source=checkpoint.name,
@@ -201,21 +202,12 @@ def convert(
             files={},
         )
         _write_report(report, stage)
-        card = build_card(stage, name=target.name, inherited=_inherited(checkpoint.directory))
+        card = build_card(stage, name=target.name, inherited=inherited_metadata(checkpoint.files))
         (stage / CARD).write_text(str(card), encoding="utf-8")
         report = replace(report, files=written_files(stage))
         _write_report(report, stage)
         deliver(stage, target, overwrite)
     return report
-
-
-def _inherited(directory: Path) -> dict[str, Any]:
-    """Metadata of the source's card, if that is a file of the source."""
-    try:
-        regular_file(directory / CARD, directory)
-    except ConversionError:  # a FIFO or a link elsewhere has nothing to inherit
-        return {}
-    return inherited_metadata(directory)
 
 
 def _write_report(report: ConversionReport, stage: Path) -> None:
@@ -281,8 +273,10 @@ def _rewrite_pickles(source: Source, stage: Path) -> tuple[Source, int]:
     written = 0
     for number, pickled in enumerate(source.pickles, start=1):
         shard = f"model-{number:05}-of-{len(source.pickles):05}.safetensors"
-        regular_file(source.directory / pickled, source.directory)
-        contents = pickles.read_pickle(source.directory / pickled)
+        path = regular_file(source.directory / pickled, source.directory)
+        size = path.stat().st_size
+        try_out(str(path), partial(pickles.read_pickle, path), seconds=60 + size // 2**25, memory=2 * size + MEMORY)
+        contents = pickles.read_pickle(path)
         if twice := sorted(contents.keys() & tensors.keys()):
             raise ConversionError(f"{source.directory / pickled} holds {twice[0]!r}, which another file holds too.")
         try:

@@ -18,7 +18,6 @@ import copy
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -40,7 +39,7 @@ from .converter import write_config_and_code
 from .delivery import deliver, staging
 from .errors import ConversionError
 from .loading import load, meta_tensors
-from .source import DEPTH_SHARD, TensorInfo, find_companions, read_headers, read_index, read_json
+from .source import DEPTH_SHARD, TensorInfo, copy_companions, read_headers, read_index, read_json
 
 MODEL_TYPE = "kimi_k3"
 BACKBONE_TYPE = "kimi_linear"
@@ -170,7 +169,7 @@ def export_checkpoint(source: str | os.PathLike, destination: str | os.PathLike)
     with staging(target) as stage:
         _write_tensors(checkpoint, old_names, depth_tensors(depth_attention), stage)
         (stage / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _copy_companions(checkpoint, stage)
+        copy_companions(checkpoint.directory, stage)
         deliver(stage, target, overwrite=False)
 
 
@@ -211,7 +210,7 @@ def import_checkpoint(source: str | os.PathLike, destination: str | os.PathLike)
             stage,
         )
         write_config_and_code(config, stage)
-        _copy_companions(checkpoint, stage)
+        copy_companions(checkpoint.directory, stage)
         _check_tensors(stage, config, checkpoint.directory)
         deliver(stage, target, overwrite=False)
 
@@ -478,12 +477,6 @@ def _copy_tensors(source: Path, destination: Path, old_names: dict[str, str]) ->
                     raise ConversionError(f"{source} has become shorter while it was read; fetch it again.")
                 writer.write(chunk)
                 remaining -= len(chunk)
-
-
-def _copy_companions(checkpoint: Checkpoint, stage: Path) -> None:
-    for name in find_companions(checkpoint.directory):
-        (stage / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(checkpoint.directory / name, stage / name)
 
 
 def _check_tensors(directory: Path, config: AttnResConfig, name: Path) -> None:

@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import logging
 
-from ..configuration_attnres import AttnResConfig, AttnResError
+from ..configuration_attnres import AttnResConfig, AttnResConfigError, AttnResError
 from ..modeling_attnres import AttnResForCausalLM
 from ..rewiring import decoder_layers
 from . import quantization
@@ -117,6 +117,8 @@ def depth_names(config: AttnResConfig, source: str) -> dict[str, str]:
     try:
         with torch.device("meta"):
             model: Any = AttnResForCausalLM(quantization.unquantized(config))  # type: ignore[arg-type]
+    except AttnResConfigError as error:
+        raise ConversionError(f"{source} cannot be loaded: {error}") from error
     except AttnResError:
         raise
     except Exception as error:  # whatever a model's constructor makes of a configuration that it did not expect

@@ -9,26 +9,33 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import stat
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from ..checkpoint_files import MAX_JSON_VALUES
 from ..configuration_attnres import AttnResConfig, supported_backbone
 from . import quantization, refusals
+from .confinement import try_out
 from .errors import ConversionError
+from .tokenizer import MORE_TEXTS, TEXTS, TOKENIZER_CONFIG, load_tokenizer
 
 # What comes along with the weights, as it is: tokenizer (with its code, if it has any), chat template, generation
 # config and licence. A model card does not: it describes another model, and only its metadata are inherited.
@@ -51,6 +58,7 @@ COMPANIONS = (
     "USE_POLICY*",
     "vocab.*",
 )
+CARD = "README.md"
 DEPTH_MODULE = "depth_attention"  # the module of the depth parameters, as a part of their names
 DEPTH_SHARD = "model-attnres.safetensors"
 
@@ -58,12 +66,14 @@ DEPTH_SHARD = "model-attnres.safetensors"
 # decoder layers, dimensions of a tensor (as many as torch has), and sizes in the configuration that no tensor has (of
 # parts that are switched off).
 MAX_FILE_BYTES = 64 * 2**20
-MAX_LAYERS = 10_000
+MAX_LAYERS = 1000
 MAX_DIMENSIONS = 64
 MAX_UNUSED = 2**15
 
 # By their names in safetensors; complex and scale dtypes are ones that Transformers loads but does not list.
 DTYPES = {**str_to_torch_dtype, "C64": torch.complex64, "F8_E8M0": torch.float8_e8m0fnu}
+
+OTHER_FILES = {"configuration_files", "transformers_weights"}
 
 _repr = quantization.shortened
 
@@ -92,6 +102,7 @@ class Source:
         tensors: name of every tensor, and the shard that holds it.
         infos: name of every tensor, and what the header says of it.
         companions: tokenizer, templates, generation config and licence, relative to `directory`.
+        copies: a directory of our own, with copies of config.json, the companions and the card.
         pickles: pickled files by their name in `directory`, in place of `shards`; nothing is known yet of what they
             hold, except `tensors` if there is an index.
     """
@@ -103,7 +114,13 @@ class Source:
     tensors: dict[str, str]
     infos: dict[str, TensorInfo]
     companions: tuple[str, ...]
+    copies: tempfile.TemporaryDirectory[str]
     pickles: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> Path:
+        """Where the libraries read whatever is no weights: they open files by names that other files give."""
+        return Path(self.copies.name)
 
     @cached_property
     def num_parameters(self) -> int:
@@ -142,6 +159,13 @@ def open_source(source: str | os.PathLike, revision: str | None = None, allow_pi
         if isinstance(error, ConversionError):
             raise
         raise ConversionError(f"source {source!r} is no path and no Hub id: {error}") from error
+    try:
+        return _open(source, directory, allow_pickle)
+    except OSError as error:  # a directory that cannot be listed
+        raise ConversionError(f"{directory} cannot be read: {error}") from error
+
+
+def _open(source: str | os.PathLike, directory: Path, allow_pickle: bool) -> Source:
     config = _read_config(directory)
     shards, tensors = read_index(directory, allow_pickle)
     pickles = tuple(shard for shard in shards if shard.endswith(".bin"))
@@ -152,8 +176,17 @@ def open_source(source: str | os.PathLike, revision: str | None = None, allow_pi
         check_names_free(directory, tensors)
         check_sizes(directory, config, infos)
     name = directory.resolve().name if Path(source).exists() else str(source)
-    shards = () if pickles else shards
-    return Source(directory, name, config, shards, tensors, infos, find_companions(directory), pickles)
+    copies = tempfile.TemporaryDirectory()
+    companions = copy_companions(directory, Path(copies.name))
+    copy_file(directory / "config.json", Path(copies.name) / "config.json", directory)
+    _check_tokenizer_files(Path(copies.name))
+    if os.path.lexists(directory / CARD):
+        with suppress(ConversionError):  # one that is a FIFO, or lies elsewhere, has nothing to inherit
+            copy_file(directory / CARD, Path(copies.name) / CARD, directory)
+    found = Source(directory, name, config, () if pickles else shards, tensors, infos, companions, copies, pickles)
+    try_out(f"{directory}: the tokenizer", partial(_try_tokenizer, found.files))
+    try_out(f"{directory / 'config.json'}: the model", partial(quantization.meta_model, config))
+    return found
 
 
 def find_checkpoint(path: Path, revision: str | None = None, allow_pickle: bool = False) -> Path:
@@ -221,8 +254,12 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         )
     quantization.quantization_method(config_dict)
     _check_num_layers(config_file, config_dict)
+    for field in OTHER_FILES & config_dict.keys():  # the library would read these instead, which nobody has looked at
+        raise ConversionError(f"{config_file}: {field}={_repr(config_dict[field])} names other files; remove it.")
+    make_config = partial(CONFIG_MAPPING[model_type].from_dict, config_dict)
+    try_out(f"{config_file}: the configuration", make_config)
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = make_config()
     except Exception as error:  # whatever a configuration's constructor makes of a value that it did not expect
         raise ConversionError(f"{config_file} makes no {model_type} configuration: {error}") from error
     if config.dtype is not None and config.dtype not in quantization.MODEL_DTYPES.values():  # float8 makes no model
@@ -257,13 +294,19 @@ def check_sizes(directory: Path, config: PreTrainedConfig, infos: dict[str, Tens
         raise ConversionError(
             f"{config_file}: num_hidden_layers={config.num_hidden_layers}, but there are only {len(infos)} tensors."
         )
-    if not any(config.hidden_size in info.shape for info in infos.values()):
+    filled = [info for info in infos.values() if info.num_elements]  # one without elements vouches for no size
+    if not any(config.hidden_size in info.shape for info in filled):
         raise ConversionError(f"{config_file}: hidden_size={_repr(config.hidden_size)}, but no tensor has that size.")
     for field, value in config.to_dict().items():
         # Limits of a time step may be infinite.
         if isinstance(value, float) and not math.isfinite(value) and not field.startswith("time_step"):
             raise ConversionError(f"{config_file}: {field}={value}; a finite number was expected.")
-    largest = max(MAX_UNUSED, *(max(info.shape, default=0) for info in infos.values()))
+    if config.hidden_size * config.num_hidden_layers > sum(info.num_elements for info in filled):
+        raise ConversionError(
+            f"{config_file}: num_hidden_layers={config.num_hidden_layers} of hidden_size={config.hidden_size} need "
+            "more than all tensors hold."
+        )
+    largest = max(MAX_UNUSED, *(max(info.shape, default=0) for info in filled))
     for field, value in config.to_dict().items():
         if (field.startswith("num_") or field.endswith("_dim")) and isinstance(value, int) and value > largest:
             raise ConversionError(
@@ -333,7 +376,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     shard = regular_file(path)
     try:
-        with shard.open("rb") as file:
+        with open_file(path, most=None) as file:
             header_size, file_size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
             if not 0 < header_size <= min(file_size - 8, MAX_FILE_BYTES):
                 raise ValueError(
@@ -367,7 +410,32 @@ def _check_tensor_name(path: Path, name: str) -> None:
         raise ConversionError(f"{path} names a tensor {_repr(name)}; a name must be printable.")
 
 
-def find_companions(directory: Path) -> tuple[str, ...]:
+def _check_tokenizer_files(copies: Path) -> None:
+    """Drops the paths by which a tokenizer_config.json makes the library open other files than those beside it."""
+    path = copies / TOKENIZER_CONFIG
+    if not path.is_file():
+        return
+    fields = read_json(path)
+    names = fields.get("fast_tokenizer_files", [])
+    beside = {file.name for file in copies.iterdir()}
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in beside for name in names):
+        raise ConversionError(
+            f"{TOKENIZER_CONFIG}: fast_tokenizer_files={_repr(names)}; names of files beside it were expected."
+        )
+    kept = {name: value for name, value in fields.items() if not (name.endswith("_file") and isinstance(value, str))}
+    if kept != fields:
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _try_tokenizer(copies: Path) -> None:
+    tokenizer = load_tokenizer(copies)
+    if tokenizer is not None:
+        for text in (*TEXTS, *MORE_TEXTS):
+            tokenizer(text)
+
+
+def copy_companions(directory: Path, copies: Path) -> tuple[str, ...]:
+    """Copies what comes along into a directory of our own, where the libraries read it; returns the names."""
     companions = []
     for path in {path for pattern in COMPANIONS for path in directory.glob(pattern)}:
         name = path.relative_to(directory).as_posix()
@@ -375,11 +443,46 @@ def find_companions(directory: Path) -> tuple[str, ...]:
             continue
         if not name.isprintable():
             raise ConversionError(f"{directory} holds {_repr(name)}; the name of a file must be printable.")
-        _check_file_size(regular_file(path, directory))
+        copy_file(path, copies / name, directory)
         if path.suffix == ".json":
-            read_json(path, directory)
+            read_json(copies / name)
         companions.append(name)
     return tuple(sorted(companions))
+
+
+@contextmanager
+def open_file(path: Path, directory: Path | None = None, most: int | None = MAX_FILE_BYTES) -> Iterator[BinaryIO]:
+    """Opens a file of a checkpoint: every file is opened here, and once.
+
+    Args:
+        path (`Path`): a file of a checkpoint.
+        directory (`Path`, *optional*): that of the checkpoint; by default the one that holds `path`.
+        most (`int`, *optional*, defaults to 64 MiB): bytes that it may have; `None` for weights.
+
+    Raises:
+        ConversionError: it is missing, no regular file (a FIFO would be waited for), not part of the checkpoint, too
+            large, or another one by the time it is open.
+    """
+    behind = regular_file(path, directory)
+    try:
+        # Not waiting, in case it has become a FIFO.
+        descriptor = os.open(behind, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        opened = os.fstat(file.fileno())
+        if not stat.S_ISREG(opened.st_mode) or not os.path.samestat(opened, regular_file(path, directory).stat()):
+            raise ConversionError(f"{path} is another file than a moment ago; leave it alone while it is converted.")
+        if most is not None and opened.st_size > most:
+            raise ConversionError(f"{path} has {opened.st_size} bytes; more than {most} are never read.")
+        yield file
+
+
+def copy_file(path: Path, target: Path, directory: Path) -> None:
+    """Copies a file of a checkpoint that is read again later, from the copy. Arguments are those of [`open_file`]."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open_file(path, directory) as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer)
 
 
 def regular_file(path: Path, directory: Path | None = None) -> Path:
@@ -406,22 +509,20 @@ def regular_file(path: Path, directory: Path | None = None) -> Path:
     return file
 
 
-def _check_file_size(path: Path) -> None:
-    if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise ConversionError(f"{path} has {size} bytes; more than {MAX_FILE_BYTES} are never read.")
-
-
 def read_json(path: Path, directory: Path | None = None) -> dict[str, Any]:
-    """Reads a JSON object, or says what is wrong with the file. Arguments are those of [`regular_file`]."""
-    file = regular_file(path, directory)
-    _check_file_size(file)
+    """Reads a JSON object, or says what is wrong with the file. Arguments are those of [`open_file`]."""
     try:
-        return _parse_json(file.read_bytes())
+        with open_file(path, directory) as file:
+            return _parse_json(file.read())
+    except ConversionError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not readable JSON: {error}") from error
 
 
 def _parse_json(content: bytes) -> dict[str, Any]:
+    if sum(map(content.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise ValueError(f"it holds more than {MAX_JSON_VALUES} values")
     value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}, where an object was expected")

@@ -268,7 +268,7 @@ def _fits(source: Source, dtype: torch.dtype, mode: str) -> bool:
 def _token_sequences(source: Source) -> tuple[str, list[torch.Tensor]]:
     """Where the tokens are from, and the sequences, each `[tokens]`: real text if there is a tokenizer for it."""
     vocab_size = source.config.vocab_size
-    tokenizer = load_tokenizer(source.directory)
+    tokenizer = load_tokenizer(source.files)
     ids = [] if tokenizer is None else [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in TEXTS]
     if ids and all(ids):
         if (largest := max(map(max, ids))) >= vocab_size:

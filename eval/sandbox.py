@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -46,6 +46,7 @@ STARTUP_SECONDS = 60
 DETAIL_CHARACTERS = 500
 VERDICT_BYTES = 2**13
 """More than a status and a detail of that many characters take as JSON."""
+READY = b"ready\n"
 NOBODY = 65534
 UNUSED_USERS = range(0x70000000, 0x80000000)
 """User ids that neither distributions nor container managers hand out."""
@@ -222,6 +223,82 @@ def pass_at_k_score(
     }
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a program did.
+
+    Attributes:
+        status: `"exited"`, by itself; `"timeout"`; `"output"` (it printed more than it may).
+        code: its exit code; `None` unless it exited by itself.
+        printed: what it printed, also to standard error.
+    """
+
+    status: Literal["exited", "timeout", "output"]
+    code: int | None
+    printed: str
+
+
+def run_program(
+    program: str,
+    arguments: Sequence[str] = (),
+    mounts: Mapping[str, str] = {},
+    limits: Limits = Limits(),
+    unsafe: bool = False,
+) -> Run:
+    """Runs a program by itself in a sandbox like a candidate's.
+
+    Args:
+        program (`str`): its source.
+        arguments (`Sequence[str]`, *optional*): its `sys.argv[1:]`.
+        mounts (`Mapping[str, str]`, *optional*): further files and directories that it can read: the paths by which it
+            sees them, and where they are. Without a sandbox it is given the latter, where an argument is one of the
+            former.
+        limits (`Limits`, *optional*): what it may use; it may print as many bytes as one file may have.
+        unsafe (`bool`, *optional*, defaults to `False`): do without a sandbox where there is none.
+
+    Returns:
+        [`Run`]: whatever the program did.
+
+    Raises:
+        SandboxUnavailableError: there is no sandbox and `unsafe` is not set, or it did not start.
+    """
+    name = backend(unsafe)
+    if name == "unsafe":
+        arguments = [mounts.get(argument, argument) for argument in arguments]
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        request = {"program": program, "arguments": list(arguments)}
+        try:
+            process = subprocess.Popen(
+                _command(name, "program", limits, [], request, mounts),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=_environment(scratch if name == "unsafe" else SCRATCH),
+                cwd=scratch if name == "unsafe" else "/",
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise SandboxUnavailableError(f"The sandbox ({name}) did not start: {error}.") from error
+        stack.callback(_kill, process)
+        received = bytearray()
+        _receive(process, received, 1, STARTUP_SECONDS, VERDICT_BYTES)
+        if not received.startswith(READY):
+            said = received.decode(errors="replace").strip() or "it said nothing"
+            raise SandboxUnavailableError(f"The sandbox ({name}) did not start: {said.splitlines()[-1]}")
+        most = len(READY) + limits.output_bytes
+        in_time = _receive(process, received, None, limits.seconds, most)
+        printed = bytes(received).removeprefix(READY).decode(errors="replace")
+        if not in_time:
+            return Run("timeout", None, printed)
+        if len(received) >= most:
+            return Run("output", None, printed)
+        try:
+            return Run("exited", process.wait(STARTUP_SECONDS), printed)
+        except subprocess.TimeoutExpired:  # it closed its output and goes on
+            return Run("timeout", None, printed)
+
+
 # ---- one run --------------------------------------------------------------------------------------------------------
 
 
@@ -258,9 +335,9 @@ def _run(name: Backend, candidate: str, tests: str, limits: Limits) -> Outcome:
         for end in (*ends, complains):
             end.close()
         received = bytearray()
-        _receive(ours, received, 1, STARTUP_SECONDS)
-        if received.startswith(b"ready\n"):
-            in_time = _receive(ours, received, 2, limits.seconds)
+        _receive(ours, received, 1, STARTUP_SECONDS, VERDICT_BYTES)
+        if received.startswith(READY):
+            in_time = _receive(ours, received, 2, limits.seconds, VERDICT_BYTES)
             return _outcome(bytes(received)) if in_time else Outcome(False, "timeout", f"after {limits.seconds:g} s")
         _kill(theirs)
         _kill(ours)
@@ -269,8 +346,11 @@ def _run(name: Backend, candidate: str, tests: str, limits: Limits) -> Outcome:
         raise SandboxUnavailableError(f"The sandbox ({name}) did not start: {said.splitlines()[-1]}")
 
 
-def _receive(process: subprocess.Popen[bytes], received: bytearray, lines: int, seconds: float) -> bool:
-    """Reads on until there are so many lines, or no more to come; `False` if that takes more than `seconds`.
+def _receive(
+    process: subprocess.Popen[bytes], received: bytearray, lines: int | None, seconds: float, most: int
+) -> bool:
+    """Reads on until there are so many lines, or `most` bytes, or no more to come; `False` if that takes more than
+    `seconds`.
 
     This is the limit on time: nothing inside a sandbox has a say in it.
     """
@@ -278,7 +358,7 @@ def _receive(process: subprocess.Popen[bytes], received: bytearray, lines: int, 
     deadline = time.monotonic() + seconds
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        while received.count(b"\n") < lines and len(received) < VERDICT_BYTES:
+        while (lines is None or received.count(b"\n") < lines) and len(received) < most:
             if not selector.select(max(0.0, deadline - time.monotonic())):
                 return False
             part = os.read(process.stdout.fileno(), VERDICT_BYTES)
@@ -299,7 +379,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 def _outcome(received: bytes) -> Outcome:
     """What the tests' process says after `ready`. Whatever it says, the other candidates go on."""
-    verdict = received.removeprefix(b"ready\n")
+    verdict = received.removeprefix(READY)
     if not verdict:
         return Outcome(False, "exited", "the tests' process ended without a verdict")
     try:
@@ -321,10 +401,18 @@ def _environment(scratch: str) -> dict[str, str]:
 # ---- the sandbox ----------------------------------------------------------------------------------------------------
 
 
-def _command(name: Backend, role: str, limits: Limits, pipes: list[int]) -> list[str]:
-    """The command of one side."""
+def _command(
+    name: Backend,
+    role: str,
+    limits: Limits,
+    pipes: list[int],
+    request: Mapping[str, Any] = {},
+    mounts: Mapping[str, str] = {},
+) -> list[str]:
+    """The command of one side, or of a program by itself."""
     user = _unused_user() if name == "bubblewrap" else None
-    request: dict[str, Any] = {
+    request = {
+        **request,
         "role": role,
         "pipes": pipes,
         "detail_characters": DETAIL_CHARACTERS,
@@ -349,7 +437,7 @@ def _command(name: Backend, role: str, limits: Limits, pipes: list[int]) -> list
     if name == "unsafe":
         return python
     bwrap = shutil.which("bwrap") or "bwrap"
-    return [bwrap, *_bubblewrap(_mounts() | {str(RUNNER): str(RUNNER)}, user), *python]
+    return [bwrap, *_bubblewrap(_mounts() | {str(RUNNER): str(RUNNER)} | dict(mounts), user), *python]
 
 
 def _unused_user() -> int | None:

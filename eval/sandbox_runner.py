@@ -1,4 +1,5 @@
-"""What runs inside a sandbox: the candidate in one, its tests in another, with nothing between them but two pipes.
+"""What runs inside a sandbox: the candidate in one, its tests in another, with nothing between them but two pipes; or
+one program by itself.
 
 A program of its own (`python -I sandbox_runner.py REQUEST`) that imports nothing but the standard library. The side of
 the tests never executes a line of the candidate: where they name something of the candidate's, they get a stand-in
@@ -486,6 +487,10 @@ def main(request: dict[str, Any]) -> None:
     limit_resources(request["limits"], request["isolated"])
     if request["isolated"]:
         filter_system_calls(base64.b64decode(request["bpf"]))
+    if request["role"] == "program":
+        os.write(1, b"ready\n")
+        python = [sys.executable, "-I", "-X", "utf8", "-c", request["program"], *request["arguments"]]
+        os.execv(sys.executable, python)
     own_input, own_output, incoming, outgoing = (os.dup(end) for end in (0, 1, *request["pipes"]))
     nothing = os.open(os.devnull, os.O_RDWR)
     for end in {0, 1, 2, *request["pipes"]}:

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .card import CardError, build_card, update_card
-    from .hub import Check, PushError, preflight, push
+    from .checks import Check, PushError, preflight
+    from .hub import push
 
 # Imported when they are asked for: a conversion writes a card, and an upload reads what a conversion wrote.
 _MODULE_OF = {
     "CardError": "card",
-    "Check": "hub",
-    "PushError": "hub",
+    "Check": "checks",
+    "PushError": "checks",
     "build_card": "card",
-    "preflight": "hub",
+    "preflight": "checks",
     "push": "hub",
     "update_card": "card",
 }

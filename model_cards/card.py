@@ -176,12 +176,9 @@ def inherited_metadata(source: Path) -> dict[str, Any]:
 
     Anybody may have written that card: it is bounded in size, loaded as plain data, and only short strings are taken.
     """
-    path = source / CARD
     try:
-        if path.stat().st_size > MAX_CARD_BYTES:
-            return {}
-        metadata = metadata_load(path) or {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # a card that cannot be read has nothing to inherit
+        metadata = read_metadata(source / CARD)
+    except CardError:  # a card that cannot be read has nothing to inherit
         return {}
     inherited = {}
     for name in INHERITED:
@@ -191,6 +188,25 @@ def inherited_metadata(source: Path) -> dict[str, Any]:
         if values and all(isinstance(item, str) and 0 < len(item) < 200 and item.isprintable() for item in values):
             inherited[name] = values if isinstance(value, list) else values[0]
     return inherited
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata at the top of a card.
+
+    Raises:
+        CardError: they are not there, too large, or no YAML of plain data.
+    """
+    try:
+        if (size := path.stat().st_size) > MAX_CARD_BYTES:
+            raise CardError(f"{path} has {size} bytes; more than {MAX_CARD_BYTES} are never read.")
+        metadata = metadata_load(path) or {}
+    except CardError:
+        raise
+    except Exception as error:  # a tag (`!!int ""`) makes YAML call what raises anything
+        raise CardError(f"{path}: the metadata at its top cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(metadata, dict):
+        raise CardError(f"{path}: the metadata at its top are a {type(metadata).__name__}; an object was expected.")
+    return metadata
 
 
 def _write(path: Path, text: str) -> None:
@@ -278,8 +294,8 @@ def _merge_metadata(path: Path, head: str, fresh: ModelCard, replace_index: bool
         if added:
             head = "\n".join([*filter(None, [head.rstrip()]), yaml_dump(added, sort_keys=False).rstrip()])
         understood = (yaml.safe_load(head) or {}) == expected
-    except (yaml.YAMLError, RecursionError, AttributeError, TypeError, KeyError, ValueError) as error:
-        raise CardError(f"{path}: the metadata at its top cannot be read: {error}") from error
+    except Exception as error:  # a tag (`!!int ""`) makes YAML call what raises anything
+        raise CardError(f"{path}: the metadata at its top cannot be read: {type(error).__name__}: {error}") from error
     if not understood:
         raise CardError(f"{path}: the metadata at its top cannot be added to; write them as one `name: value` a line.")
     return head

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -9,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 from tiny import tiny_model
 
 import attnres
-from attnres.cli import main
+from attnres import AttnResError
+from attnres.cli import TerminalConsole, main
 from attnres.conversion import ConversionError
 
 COMMANDS = ("convert", "finetune", "train", "eval", "card", "push", "inspect", "demo")
@@ -140,3 +143,64 @@ def test_demo_twice(tmp_path: Path, run: Callable[..., Result], monkeypatch: pyt
     monkeypatch.setattr("attnres.examples.demo.convert", stop)
     assert "far enough" in run("demo", "--output", "demo").stderr
     assert [path.name for path in (tmp_path / "demo").iterdir()] == [".attnres-demo"], "not made anew"
+
+
+ESCAPES = {
+    "red": "\x1b[31m",
+    "a title": "\x1b]0;title\x07",
+    "a link": "\x1b]8;;http://x\x1b\\",
+    "C1": "\x9b31m",
+    "a bell": "\x07",
+    "a backspace": "\x08\x08",
+    "a carriage return": "\rOK",
+    "right to left": "\u202eKO",
+    "half a character": "\udcff",
+    "a separator": "\u2028",
+    "clearing": "\x1bc",
+}
+
+
+@pytest.mark.parametrize("text", ESCAPES.values(), ids=ESCAPES.keys())
+def test_nothing_printed_orders_a_terminal_about(text: str) -> None:
+    """Text of files and their names: in lines, tables, titles, errors and warnings."""
+    for make in (str, lambda t: t.replace("\x1b", "\x1b\x1b"), lambda t: f"{t}{t}"):
+        given = make(text)
+        file = io.StringIO()
+        console = TerminalConsole(file=file, width=200)
+        table = Table(given, title=given)
+        table.add_row(given)
+        console.print(table)
+        console.print(given, markup=False, soft_wrap=True)
+        console.print(str(ConversionError(given)))
+        console.print(AttnResError(f"{given} is wrong"))
+        assert all(c.isprintable() or c == "\n" for c in file.getvalue())
+
+
+@pytest.mark.parametrize("length", [10**4, 10**6, 10**7])
+def test_long_messages_are_cut(length: int) -> None:
+    message = str(ConversionError("the start " + "x" * length + " the end"))
+    assert message.startswith("the start")
+    assert message.endswith("the end")
+    assert len(message) < 5000
+
+
+COMMAND = f"{sys.executable} -c 'from attnres.cli import main; main()' card nowhere"
+OUTPUTS = [
+    "{} --version > /dev/full".replace("{}", COMMAND.removesuffix(" card nowhere")),
+    "{} --version >&-".replace("{}", COMMAND.removesuffix(" card nowhere")),
+    "{} --version | true".replace("{}", COMMAND.removesuffix(" card nowhere")),
+    f"{COMMAND} > /dev/full",
+    f"{COMMAND} >&-",
+    f"{COMMAND} 2> /dev/full",
+    f"{COMMAND} 2>&-",
+    f"{COMMAND} < /dev/null >&- 2>&-",
+    f"{COMMAND} 2>&1 | true",
+    f"{COMMAND} 2>&1 >/dev/full | true",
+]
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_output_that_nobody_takes(command: str) -> None:
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr

@@ -398,7 +398,7 @@ BAD_INPUT: list[tuple[str, bool, Damage, str, dict[str, Any]]] = [
         "9000 layers",
         ONE,
         edit_config(num_hidden_layers=9000, layer_types=None),
-        "config.json: num_hidden_layers=9000, but there are only",
+        "config.json: num_hidden_layers=9000; an integer from 1 to 1000 was",
         {},
     ),
     (

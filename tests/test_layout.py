@@ -19,6 +19,7 @@ ROOT = Path(attnres.__file__).parent
 ORDER = (
     "backbones",
     "configuration_attnres",
+    "checkpoint_files",
     "depth_state",
     "depth_attention_two_phase",
     "depth_attention_triton",

