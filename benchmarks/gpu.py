@@ -6,7 +6,7 @@
 It needs no network and no installation of this package: the directory that holds it is enough, with torch 2.11 and
 Transformers 5.17 or newer. What a machine lacks (pytest, wrapt, the packages to compare with) can be brought as wheels:
 
-    pip download --no-deps --dest WHEELS fla-core einops liger-kernel flash-attn-res fast-attnres pytest pluggy iniconfig
+    pip download --no-deps --dest WHEELS fla-core einops liger-kernel flash-attn-res fast-attnres pytest pluggy wrapt
 
 Each step is a process of its own, so that one that crashes or hangs costs only itself. They are in the order of their
 worth; one that wants more time than is left is passed over. `summary.json` is written after every step, and every step

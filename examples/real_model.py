@@ -1,6 +1,6 @@
 """What `make real` runs: a real model and a real benchmark, from source to scores.
 
-SmolLM2-135M-Instruct (Llama, 30 layers, Apache-2.0) is converted; source and result answer a chat, then all of HumanEval
+SmolLM2-135M-Instruct (Llama, 30 layers, Apache-2.0) is converted; source and result answer a chat, then HumanEval
 through the harness's own task and the sandbox. Both come from the Python package index, so no Hub is needed.
 
 python -m attnres.examples.real_model .cache/real [--limit N]    # two cores take half an hour for all 164 problems
@@ -45,7 +45,7 @@ def fetch(directory: Path) -> tuple[Path, Path]:
         directory (`Path`): where everything is kept, and found again.
 
     Returns:
-        `tuple[Path, Path]`: the source checkpoint in bfloat16, and the directory of data sets for `attnres eval --data`.
+        `tuple[Path, Path]`: the source checkpoint in bfloat16, and the directory for `attnres eval --data`.
 
     Raises:
         UnreachableError: neither is there, and pip cannot download them.

@@ -1,4 +1,4 @@
-"""The benchmarks run: all of `benchmarks/gpu.py` on toy shapes, in Triton's interpreter where there is no CUDA device."""
+"""The benchmarks run: all of `benchmarks/gpu.py` on toy shapes, in Triton's interpreter without a CUDA device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ gpu = program("benchmarks.gpu")
 
 
 def test_all_steps_on_toy_shapes(tmp_path: Path) -> None:
-    """Without this package's installation: it is found where the program lies. Wheels that are brought are found too."""
+    """This package need not be installed: it is found where the program lies. Wheels that are brought are, too."""
     wheels, output = tmp_path / "wheels", tmp_path / "output"
     wheels.mkdir()
     with zipfile.ZipFile(wheels / "brought-1.0-py3-none-any.whl", "w") as wheel:

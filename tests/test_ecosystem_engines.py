@@ -124,8 +124,8 @@ def test_offloaded_caches_need_an_accelerator(cache: str) -> None:
 @row(
     "Transformers",
     "`transformers serve`",
-    result="refused: it looks the class up in Transformers itself, so with `--trust-remote-code` too it serves no custom "
-    "class; it does once the class is put there, see below",
+    result="refused: it looks the class up in Transformers itself, so it serves no custom class, `--trust-remote-code` "
+    "or not; it does once the class is put there, see below",
 )
 def test_the_server_knows_no_custom_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = pytest.importorskip("transformers.cli.serving.model_manager")

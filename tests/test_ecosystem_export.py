@@ -65,8 +65,8 @@ def test_onnx(family: str, tmp_path: Path) -> None:
 @row(
     "ONNX",
     "experts (Qwen3-MoE)",
-    result="refused: torch's exporter has no ONNX function for the grouped products of Transformers, of the plain model "
-    "neither",
+    result="refused: torch's exporter has no ONNX function for the grouped products of Transformers, for the plain "
+    "model neither",
 )
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_of_experts(tmp_path: Path) -> None:

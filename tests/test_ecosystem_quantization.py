@@ -57,7 +57,7 @@ METHODS: dict[tuple[str, str], tuple[Callable[[], Any], bool]] = {
 def test_quantized_logits_are_those_of_the_quantized_plain_model(
     tool: str, what: str, family: str, tmp_path: Path
 ) -> None:
-    """With zero queries: the plain model's. With random ones: those of a model that is given the plain one's products."""
+    """With zero queries: the plain model's. With random ones: those of a model with the plain one's products."""
     make, rounds_inputs = METHODS[tool, what]
     configuration = make()
     tolerance = dict(atol=0.2, rtol=0) if rounds_inputs else dict(atol=1e-4, rtol=1e-4)
