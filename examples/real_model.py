@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct (Llama, 30 layers, Apache-2.0) is converted; source and result answer a chat, then HumanEval
 through the harness's own task and the sandbox. Both come from the Python package index, so no Hub is needed.
 
-python -m attnres.examples.real_model .cache/real [--limit N]    # two cores take half an hour for all 164 problems
+python -m attnres.examples.real_model .cache/real [--limit N]    # two cores take an hour for all 164
 """
 
 from __future__ import annotations

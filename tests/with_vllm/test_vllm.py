@@ -167,7 +167,9 @@ def test_the_harness_asks_vllm(tmp_path: Path) -> None:
             assert code == 0, log.read()[-5000:]
         report = json.loads((output / "report.json").read_text(encoding="utf-8"))
         samples = sorted((output / "harness" / "model").glob("*/samples_*math500*.jsonl"))
-        answers = [json.loads(line)["resps"] for file in samples for line in file.read_text("utf-8").splitlines()]
+        lines = [json.loads(line) for file in samples for line in file.read_text("utf-8").splitlines()]
+        # A character that ends before it is whole is held back by vLLM, and shown as "\ufffd" by Transformers.
+        answers = [sample["resps"][0][0].replace("\ufffd", "") for sample in lines]
         found.append(([(row["task"], row["attnres"]) for row in report["rows"]], answers))
     assert len(found[0][1]) == 3
     assert found[1] == found[0]
