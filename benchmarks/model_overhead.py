@@ -5,7 +5,8 @@
 
 Backbone and AttnRes share one set of weights in one process and run in turn, A B B A ..., after a warm-up; each figure
 is the median of the ratios of neighbouring runs, with their quartiles. "Compiled" is against the compiled backbone, and
-decodes with a static cache. Peak memory is that of all tensors, the weights with them: on a CPU the sum over the
+decodes with a static cache; "reduce-overhead" replays it as a CUDA graph. `--output` is written after every row, and a
+row that fails says why. Peak memory is that of all tensors, the weights with them: on a CPU the sum over the
 allocations that PyTorch's profiler saw in one run, which is exact and depends on nothing else that runs.
 """
 
@@ -25,22 +26,23 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen3Config, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, Qwen3Config, StaticCache
 
 from attnres import AttnResConfig, AttnResForCausalLM
 
-SHAPES = {  # decoder layers, hidden, MLP, heads, key-value heads, head, vocabulary
-    "qwen3-0.6b": (28, 1024, 3072, 16, 8, 128, 151936),
-    "tiny": (4, 128, 256, 4, 2, 32, 1024),
+SHAPES = {  # configuration, decoder layers, hidden, MLP, heads, key-value heads, head, vocabulary, tied head
+    "qwen3-0.6b": (Qwen3Config, 28, 1024, 3072, 16, 8, 128, 151936, True),
+    "llama-8b": (LlamaConfig, 32, 4096, 14336, 32, 8, 128, 128256, False),
+    "tiny": (Qwen3Config, 4, 128, 256, 4, 2, 32, 1024, True),
 }
 BLOCKS = {"block": {"num_blocks": 8}, "full": {"block_size": 1}}
 CONTEXT, DECODED = 512, 4
-COMPILED = ", compiled"
+COMPILED, REDUCED = ", compiled", ", reduce-overhead"
 
 
 def make_backbone(shape: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    layers, hidden, intermediate, heads, kv_heads, head, vocabulary = SHAPES[shape]
-    config = Qwen3Config(
+    config_class, layers, hidden, intermediate, heads, kv_heads, head, vocabulary, tied = SHAPES[shape]
+    config = config_class(
         num_hidden_layers=layers,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -48,7 +50,7 @@ def make_backbone(shape: str, dtype: torch.dtype, device: str) -> PreTrainedMode
         num_key_value_heads=kv_heads,
         head_dim=head,
         vocab_size=vocabulary,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     torch.manual_seed(0)
     with torch.device(device):
@@ -78,38 +80,43 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def compiled(model: Any, **kwargs: Any) -> Any:
-    return torch.compile(model, dynamic=False, **kwargs)
+def compiled(model: Any, mode: str, **kwargs: Any) -> Any:
+    """The model as it is, compiled, or compiled into CUDA graphs."""
+    if mode:
+        model = torch.compile(model, dynamic=False, mode="reduce-overhead" if mode == REDUCED else None, **kwargs)
+    return model
 
 
-def prefill(model: Any, length: int, device: str, compiles: bool) -> Callable[[], Any]:
+def prefill(model: Any, length: int, device: str, mode: str) -> Callable[[], Any]:
     input_ids = torch.randint(0, 1000, (1, length), device=device)
-    model = compiled(model) if compiles else model
+    model = compiled(model, mode)
 
     @torch.no_grad()
     def run() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         model(input_ids, logits_to_keep=1, use_cache=False)
 
     return run
 
 
-def decode(model: Any, length: int, device: str, compiles: bool) -> Callable[[], Any]:
+def decode(model: Any, length: int, device: str, mode: str) -> Callable[[], Any]:
     """Some tokens at a context of `length`."""
     token = torch.randint(0, 1000, (1, 1), device=device)
     config = model.config.get_text_config()
-    cache = StaticCache(config, max_cache_len=length + DECODED) if compiles else DynamicCache(config=config)
+    cache = StaticCache(config, max_cache_len=length + DECODED) if mode else DynamicCache(config=config)
     positions = [torch.tensor([[length + step]], device=device) for step in range(DECODED)]
     with torch.no_grad():
         model(torch.randint(0, 1000, (1, length), device=device), past_key_values=cache, logits_to_keep=1)
-    if compiles:
-        model = compiled(model, fullgraph=True)
+    if mode:
+        model = compiled(model, mode, fullgraph=True)
         lengths = [layer.cumulative_length.clone() for layer in cache.layers]
 
     @torch.no_grad()
     def run() -> None:
         for position in positions:
+            torch.compiler.cudagraph_mark_step_begin()
             model(token, past_key_values=cache, position_ids=position)
-        if not compiles:
+        if not mode:
             cache.crop(-DECODED)
         else:
             for layer, written in zip(cache.layers, lengths):
@@ -118,11 +125,12 @@ def decode(model: Any, length: int, device: str, compiles: bool) -> Callable[[],
     return run
 
 
-def train(model: Any, length: int, device: str, compiles: bool) -> Callable[[], Any]:
+def train(model: Any, length: int, device: str, mode: str) -> Callable[[], Any]:
     input_ids = torch.randint(0, 1000, (1, length), device=device)
-    step = compiled(model) if compiles else model
+    step = compiled(model, mode)
 
     def run() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         step(input_ids, labels=input_ids, use_cache=False).loss.backward()
         for parameter in model.parameters():
             parameter.grad = None
@@ -187,59 +195,71 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     console = Console()
     for dtype in arguments.dtype:
         backbone = make_backbone(arguments.shape, getattr(torch, dtype), arguments.device)
         for name in arguments.task:
-            task, length = TASKS[name]
             for kind in arguments.kind:
                 for implementation in arguments.implementation:
-                    compiles = implementation.endswith(COMPILED)
-                    model = make_attnres(backbone, kind, implementation.removesuffix(COMPILED))
-                    torch._dynamo.reset()
-                    runs = [task(m, length, arguments.device, compiles) for m in (backbone, model)]
-                    values, seconds = ratios(*runs, arguments.device, arguments.repeats)
-                    low, middle, high = statistics.quantiles(values, n=4)
-                    weights = sum(p.nbytes for p in backbone.parameters())
-                    peaks = [weights + peak_bytes(run, arguments.device) for run in runs]
-                    rows.append(
-                        {
-                            "dtype": dtype,
-                            "task": name,
-                            "kind": kind,
-                            "implementation": implementation,
-                            "ratio": round(middle, 4),
-                            "quartiles": [round(low, 4), round(high, 4)],
-                            "backbone_seconds": round(seconds, 5),
-                            "peak_memory_ratio": round(peaks[1] / peaks[0], 4),
-                            "backbone_peak_bytes": peaks[0],
-                        }
-                    )
-                    console.print(rows[-1])
+                    row = {"dtype": dtype, "task": name, "kind": kind, "implementation": implementation}
+                    try:
+                        row |= measure(backbone, name, kind, implementation, arguments.device, arguments.repeats)
+                    except Exception as error:  # memory, or what a compiler raises; the other rows are worth having
+                        row["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    rows.append(row)
+                    console.print(row)
+                    if arguments.output:
+                        write(arguments.output, rows, arguments)
+        del backbone
+    console.print(table(rows))
 
-    table = Table("dtype", "task", "AttnRes", "implementation", "time", "quartiles", "backbone", "peak memory")
+
+def measure(
+    backbone: PreTrainedModel, name: str, kind: str, implementation: str, device: str, repeats: int
+) -> dict[str, Any]:
+    """One row: the ratios of time and of peak memory, and what the backbone took."""
+    task, length = TASKS[name]
+    mode = next((suffix for suffix in (COMPILED, REDUCED) if implementation.endswith(suffix)), "")
+    model = make_attnres(backbone, kind, implementation.removesuffix(mode))
+    torch._dynamo.reset()
+    runs = [task(m, length, device, mode) for m in (backbone, model)]
+    values, seconds = ratios(*runs, device, repeats)
+    low, middle, high = statistics.quantiles(values, n=4)
+    weights = sum(p.nbytes for p in backbone.parameters())
+    peaks = [weights + peak_bytes(run, device) for run in runs]
+    return {
+        "ratio": round(middle, 4),
+        "quartiles": [round(low, 4), round(high, 4)],
+        "backbone_seconds": round(seconds, 5),
+        "peak_memory_ratio": round(peaks[1] / peaks[0], 4),
+        "backbone_peak_bytes": peaks[0],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    made = Table("dtype", "task", "AttnRes", "implementation", "time", "quartiles", "backbone", "peak memory")
     for row in rows:
-        names = (row[name] for name in ("dtype", "task", "kind", "implementation"))
+        names = [row[name] for name in ("dtype", "task", "kind", "implementation")]
+        if "failure" in row:
+            made.add_row(*names, row["failure"])
+            continue
         quartiles = "{:.3f} to {:.3f}".format(*row["quartiles"])
-        table.add_row(
-            *names,
-            f"{row['ratio']:.3f}",
-            quartiles,
-            f"{row['backbone_seconds'] * 1e3:.1f} ms",
-            f"{row['peak_memory_ratio']:.3f}",
-        )
-    console.print(table)
-    if arguments.output:
-        report = {
-            "hardware": torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.machine,
-            "threads": torch.get_num_threads(),
-            "shape": arguments.shape,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "rows": rows,
-        }
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+        backbone = f"{row['backbone_seconds'] * 1e3:.1f} ms"
+        made.add_row(*names, f"{row['ratio']:.3f}", quartiles, backbone, f"{row['peak_memory_ratio']:.3f}")
+    return made
+
+
+def write(output: Path, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    report = {
+        "hardware": torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.machine,
+        "threads": torch.get_num_threads(),
+        "shape": arguments.shape,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rows": rows,
+    }
+    output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

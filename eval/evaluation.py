@@ -6,14 +6,17 @@ import gc
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lm_eval
+import lm_eval.evaluator
 import lm_eval.models  # fills the registry of model classes
 import psutil
 import torch
@@ -229,25 +232,26 @@ def _run(name: str, specs: list[Any], settings: Mapping[str, Any], directory: Pa
     arguments: dict[str, Any] = {"pretrained": name, "trust_remote_code": settings["trust_remote_code"]}
     tracker = EvaluationTracker(output_path=str(directory))
     try:
-        results = lm_eval.simple_evaluate(
-            model=settings["backend"],
-            model_args={**arguments, "dtype": settings["dtype"], **settings["model_args"]},
-            tasks=specs,
-            num_fewshot=settings["num_fewshot"],
-            batch_size=settings["batch_size"],
-            device=settings["device"],
-            use_cache=str(directory.parent.parent / "cache" / directory.name),
-            limit=settings["limit"],
-            evaluation_tracker=tracker,
-            apply_chat_template=settings["apply_chat_template"],
-            gen_kwargs=dict(settings["gen_kwargs"]) or None,
-            task_manager=task_manager(()),  # the tasks are loaded; without this the harness indexes all it has
-            confirm_run_unsafe_code=True,  # `load` has seen to the sandbox
-            random_seed=SEED,
-            numpy_random_seed=SEED,
-            torch_random_seed=SEED,
-            fewshot_random_seed=SEED,
-        )
+        with patch.object(lm_eval.evaluator, "get_git_commit_hash", _git_commit):
+            results = lm_eval.simple_evaluate(
+                model=settings["backend"],
+                model_args={**arguments, "dtype": settings["dtype"], **settings["model_args"]},
+                tasks=specs,
+                num_fewshot=settings["num_fewshot"],
+                batch_size=settings["batch_size"],
+                device=settings["device"],
+                use_cache=str(directory.parent.parent / "cache" / directory.name),
+                limit=settings["limit"],
+                evaluation_tracker=tracker,
+                apply_chat_template=settings["apply_chat_template"],
+                gen_kwargs=dict(settings["gen_kwargs"]) or None,
+                task_manager=task_manager(()),  # the tasks are loaded; without this the harness indexes all it has
+                confirm_run_unsafe_code=True,  # `load` has seen to the sandbox
+                random_seed=SEED,
+                numpy_random_seed=SEED,
+                torch_random_seed=SEED,
+                fewshot_random_seed=SEED,
+            )
     except AssertionError as error:
         if "max tokens to generate" not in str(error):
             raise
@@ -267,6 +271,14 @@ def _run(name: str, specs: list[Any], settings: Mapping[str, Any], directory: Pa
     if not list(directory.glob("*/results_*.json")):
         raise EvaluationError(f"the harness could not write its results into {directory}; is there room?")
     return results
+
+
+def _git_commit() -> str | None:
+    """What the harness notes as `git_hash`. Its own function lets git complain on the terminal where there is none."""
+    try:
+        return subprocess.run(["git", "describe", "--always"], capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        return None
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ line cannot say "works" without a test. `python tests/ecosystem.py` writes the p
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -70,7 +71,7 @@ def row(tool: str, *whats: str, result: str = "works") -> Callable[[F], F]:
     assert tool in TOOLS, tool
 
     def decorate(test: F) -> F:
-        file = Path(test.__code__.co_filename)  # type: ignore[attr-defined]
+        file = Path(inspect.unwrap(test).__code__.co_filename)  # type: ignore[attr-defined]
         ROWS.extend(Row(tool, what, result, file.relative_to(HERE).as_posix()) for what in whats)
         return test
 

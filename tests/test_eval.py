@@ -510,6 +510,13 @@ def test_only_the_first_process_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Path("out/report.json").exists()
 
 
+def test_git_is_quiet_where_there_is_no_repository(capfd: pytest.CaptureFixture[str]) -> None:
+    evaluate("x", tasks="sample_mmlu", backend="oracle", limit=1, output="out")
+    assert "not a git repository" not in "".join(capfd.readouterr())  # children write there too
+    (results,) = Path("out/harness/model").glob("*/results_*.json")
+    assert json.loads(results.read_text(encoding="utf-8"))["git_hash"] is None
+
+
 # ---- a real model ---------------------------------------------------------------------------------------------------
 
 

