@@ -641,7 +641,7 @@ def test_a_failure_while_writing_leaves_nothing(
 
     source = k3_checkpoint if direction == "import" else attnres_checkpoint
     convert = kimi_k3.import_checkpoint if direction == "import" else kimi_k3.export_checkpoint
-    for module, name in ((kimi_k3, "save"), (kimi_k3, "_copy_companions"), (delivery, "_sync")):
+    for module, name in ((kimi_k3, "save"), (kimi_k3, "copy_companions"), (delivery, "_sync")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full_disk if name != "save" else lambda *args, **kwargs: full_disk())
             with pytest.raises(AttnResError, match="No space left on device"):
