@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import save
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..configuration_attnres import DEPTH_VARIANTS, AttnResConfig, AttnResError
+from ..configuration_attnres import DEPTH_VARIANTS, AttnResConfig
 from ..depth_attention import DepthAttention, depth_settings
 from ..depth_state import DepthSettings, upcast
 from ..modeling_attnres import AttnResForCausalLM
@@ -239,12 +238,8 @@ def _open(source: str | os.PathLike, model_type: str) -> Checkpoint:
 def _make_config(checkpoint: Checkpoint, settings: dict[str, Any]) -> AttnResConfig:
     try:
         return AttnResConfig.from_dict(copy.deepcopy(settings))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, StrictDataclassError) as error:
-        if isinstance(error, AttnResError):
-            raise
-        raise ConversionError(
-            f"{checkpoint.directory / 'config.json'} makes no configuration: {type(error).__name__}: {error}"
-        ) from error
+    except AttnResConfigError as error:
+        raise ConversionError(f"{checkpoint.directory / 'config.json'} makes no configuration: {error}") from error
 
 
 def _depth_config(checkpoint: Checkpoint) -> AttnResConfig:

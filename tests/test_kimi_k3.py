@@ -509,7 +509,7 @@ BAD_DECODER: list[tuple[str, Callable[[Path], None], str]] = [
             edit_config("text_config", layer_types=None, linear_attn_config=dict(full_attn_layers=[9], kda_layers=[])),
             edit_config(attnres_added_fields=3),
         ),
-        "makes no configuration: IndexError",
+        "makes no configuration: .*list assignment index out of range",
     ),
     ("layers told apart twice", edit_config("text_config", "linear_attn_config", kda_layers=[1]), "contradicts the r"),
     ("heads told twice", edit_config("text_config", "linear_attn_config", head_dim=16), "'head_dim': 16.* contradicts"),
@@ -641,7 +641,7 @@ def test_a_failure_while_writing_leaves_nothing(
 
     source = k3_checkpoint if direction == "import" else attnres_checkpoint
     convert = kimi_k3.import_checkpoint if direction == "import" else kimi_k3.export_checkpoint
-    for module, name in ((kimi_k3, "save"), (kimi_k3, "_copy_companions"), (delivery, "_sync")):
+    for module, name in ((kimi_k3, "save"), (kimi_k3, "copy_companions"), (delivery, "_sync")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full_disk if name != "save" else lambda *args, **kwargs: full_disk())
             with pytest.raises(AttnResError, match="No space left on device"):
