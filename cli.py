@@ -41,7 +41,7 @@ class TerminalConsole(Console):
     def print(self, *objects: Any, **kwargs: Any) -> None:
         try:
             super().print(*objects, **kwargs)
-        except OSError as error:  # a full disk, for one
+        except OSError as error:  # for example a full disk
             raise AttnResError(f"the output cannot be written: {error}") from error
 
 
@@ -506,7 +506,7 @@ def main() -> None:
     except AttnResError as error:
         if state["debug"]:
             raise
-        with suppress(AttnResError):  # nobody can be told
+        with suppress(AttnResError):  # there is no output to report to
             error_console.print("[bold red]Error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
         sys.exit(2)
 

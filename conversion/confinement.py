@@ -40,7 +40,7 @@ def try_out(what: str, function: Callable[[], Any], seconds: int = SECONDS, memo
     """
     read_end, write_end = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: the child uses none of theirs
+        warnings.simplefilter("ignore", DeprecationWarning)  # it warns of threads; the child uses none of them
         child = os.fork()
     if child == 0:
         _run(function, write_end, seconds, memory)
@@ -57,7 +57,7 @@ def try_out(what: str, function: Callable[[], Any], seconds: int = SECONDS, memo
         reason = f"takes more than {memory / 2**30:.1f} GiB of memory"
     elif said is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
         reason = f"takes more than {seconds} s"
-    elif not said:  # a library that gets no memory may end the process
+    elif not said:  # a library may end the process when it gets no memory
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         reason = f"takes more than {memory / 2**30:.1f} GiB of memory, or crashes (signal {number})"
     else:
@@ -76,7 +76,7 @@ def _run(function: Callable[[], Any], write_end: int, seconds: int, memory: int)
             os.dup2(nothing, standard)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         torch.set_num_threads(1)
-        with suppress(ValueError, OSError):  # not every system has each of them
+        with suppress(ValueError, OSError):  # some systems lack some of these limits
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
             most = psutil.Process().memory_info().vms + memory
@@ -85,7 +85,7 @@ def _run(function: Callable[[], Any], write_end: int, seconds: int, memory: int)
         said = b"."
     except MemoryError:
         pass
-    except RuntimeError as error:  # torch's, when it gets no memory
+    except RuntimeError as error:  # torch raises this when it gets no memory
         said = b"m" if "memory" in str(error) else b"."
     except BaseException:
         said = b"."

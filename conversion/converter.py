@@ -138,7 +138,7 @@ def convert(
         raise ConversionError(f"verify={verify!r} is not allowed; choose one of {', '.join(VERIFICATION_MODES)}.")
     try:
         target = Path(destination).absolute()
-        target.resolve()  # fails for what is no path
+        target.resolve()  # raises if it cannot be a path
         check_destination(target, overwrite)
     except (TypeError, ValueError, OSError) as error:
         if isinstance(error, ConversionError):
@@ -256,7 +256,7 @@ def _check_apart(source: Source, target: Path) -> None:
 
 
 def _write_depth_shard(config: AttnResConfig, names: dict[str, str], stage: Path) -> int:
-    parameters = DepthAttention.from_config(config).named_parameters()  # float32, whatever the rest is
+    parameters = DepthAttention.from_config(config).named_parameters()  # always float32
     tensors = {names[name]: parameter.detach() for name, parameter in parameters}
     return _save(tensors, stage / DEPTH_SHARD)
 
@@ -299,7 +299,7 @@ def _rewrite_pickles(source: Source, stage: Path) -> tuple[Source, int]:
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> int:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, for one
+    except SafetensorError as error:  # for example a full disk
         raise OSError(str(error)) from error
     path.chmod(0o666 & ~umask())  # safetensors makes private files
     return path.stat().st_size

@@ -20,7 +20,7 @@ from typing import Any
 from .errors import ConversionError
 
 REPORT = "attnres_conversion.json"
-REPLACED = ".replaced"  # suffix of a checkpoint that has made way for the one that replaces it
+REPLACED = ".replaced"  # suffix of an old checkpoint while a new one takes its place
 MAX_HASHED_BYTES = 16 * 2**20
 MAX_REPORT_BYTES = 2**22
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -123,7 +123,7 @@ def deliver(stage: Path, target: Path, overwrite: bool) -> None:
     _sync(stage)
     replaced = stage.with_name(stage.name + REPLACED)
     with _locked(target.parent, wait=True):  # another conversion may be delivering there
-        check_destination(target, overwrite)  # once more: it may have appeared meanwhile
+        check_destination(target, overwrite)  # checked again, because it may have appeared meanwhile
         try:
             if target.exists():
                 target.rename(replaced)
@@ -132,7 +132,7 @@ def deliver(stage: Path, target: Path, overwrite: bool) -> None:
             if replaced.exists() and not target.exists():
                 replaced.rename(target)
             raise
-    with suppress(OSError):  # it is delivered
+    with suppress(OSError):  # the new checkpoint is in its place already
         _sync(target.parent)
     with _signals_wait():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -169,7 +169,7 @@ def _locked(directory: Path, wait: bool = False) -> Iterator[bool]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             locked = True
-        except OSError:  # held by another process, or a file system without locks
+        except OSError:  # another process holds it, or the file system has no locks
             locked = False
         yield locked
     finally:
@@ -199,7 +199,7 @@ def _signals_wait() -> Iterator[None]:
     try:
         if threading.current_thread() is threading.main_thread():
             for number in ENDING_SIGNALS:
-                if signal.getsignal(number) is not None:  # it was set by Python
+                if signal.getsignal(number) is not None:  # Python set it, so Python can set it again
                     old[number] = signal.signal(number, lambda number, frame: waiting.append(number))
         yield
     finally:

@@ -255,7 +255,7 @@ def _depth_config(checkpoint: Checkpoint) -> AttnResConfig:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1:
         raise ConversionError(f"{file}: text_config.rms_norm_eps={eps!r}; a number between 0 and 1 was expected.")
     num_layers = text["num_hidden_layers"]
-    for name in chain.from_iterable(_depth_names(num_layers)):  # ends at the first that is missing
+    for name in chain.from_iterable(_depth_names(num_layers)):  # stops at the first missing tensor
         shape = (1, text["hidden_size"]) if name.endswith(DEPTH_SUFFIXES[0]) else (text["hidden_size"],)
         info = checkpoint.infos.get(name)
         if info is None:
@@ -272,7 +272,7 @@ def _depth_config(checkpoint: Checkpoint) -> AttnResConfig:
             f"{num_layers} layers (text_config.num_hidden_layers)."
         )
     backbone = AutoConfig.for_model(BACKBONE_TYPE, num_hidden_layers=num_layers, hidden_size=text["hidden_size"])
-    block_size = 2 * min(text["attn_res_block_size"], num_layers)  # a longer block is one that never ends
+    block_size = 2 * min(text["attn_res_block_size"], num_layers)  # a block longer than the model is one block
     return AttnResConfig(backbone_config=backbone, block_size=block_size, mix="mean", key_norm_eps=eps)
 
 
@@ -462,7 +462,7 @@ def _copy_tensors(source: Path, destination: Path, old_names: dict[str, str]) ->
             ranges.append((8 + header_size + first, last - first))
             header[name] = {**entry, "data_offsets": [end, end := end + last - first]}
         encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # data starts aligned
+        encoded += b" " * (-len(encoded) % 8)  # so that the data is aligned
         writer.write(len(encoded).to_bytes(8, "little") + encoded)
         for first, remaining in ranges:
             reader.seek(first)

@@ -63,7 +63,7 @@ def load(
     if is_dequantized:
         config = quantization.dequantized_while_loading(config)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a truncated model finds tensors it has no use for, and fewer reads
+    logging.set_verbosity_error()  # a truncated model does not use all tensors, which is no fault here
     is_directory = isinstance(source, Path)
     try:
         model, info = model_class.from_pretrained(
@@ -72,11 +72,13 @@ def load(
             config=config,
             dtype="auto" if is_dequantized else stored_dtype or dtype,
             device_map=device,
-            experts_implementation="eager" if dtype == torch.float64 else None,  # the others have no float64
+            experts_implementation="eager"
+            if dtype == torch.float64
+            else None,  # the other implementations have no float64
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except Exception as error:  # whatever a model's constructor makes of a configuration that it did not expect
+    except Exception as error:  # constructors raise anything for unexpected values
         raise ConversionError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -121,7 +123,7 @@ def depth_names(config: AttnResConfig, source: str) -> dict[str, str]:
         raise ConversionError(f"{source} cannot be loaded: {error}") from error
     except AttnResError:
         raise
-    except Exception as error:  # whatever a model's constructor makes of a configuration that it did not expect
+    except Exception as error:  # constructors raise anything for unexpected values
         raise ConversionError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
     tensors = {name: tensor for name, tensor in model.state_dict().items() if DEPTH_MODULE in name.split(".")}
     return {name.rpartition(".")[2]: name for name in revert_weight_conversion(model, tensors)}
@@ -142,7 +144,9 @@ def check_names_apart(model: PreTrainedModel, names: Iterable[str], source: str)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix, parameters = model.base_model_prefix, model.state_dict()
-    taken: defaultdict[str, dict[str, str]] = defaultdict(dict)  # by parameter, then by the part of it; "" is all of it
+    taken: defaultdict[str, dict[str, str]] = defaultdict(
+        dict
+    )  # by parameter, then by its part; "" is the whole parameter
     for name in sorted(names):
         parameter, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
         if parameter not in parameters:
@@ -189,7 +193,7 @@ def load_layer_by_layer(
     def run_layer(index: int, *args: Any, **kwargs: Any) -> Any:
         model = load_part(index)
         output = decoder_layers(model)[index].forward(*args, **kwargs)
-        nn.Module.to(model, "meta")  # frees the weights now, whatever still refers to the model
+        nn.Module.to(model, "meta")  # frees the weights now, also if something still refers to the model
         return output
 
     if issubclass(model_class, AttnResForCausalLM):
@@ -220,9 +224,13 @@ def _with_only(model_class: Any, index: int | None) -> Any:
             for child in (*path.split("."), str(index)):
                 _empty(module, keep=child)
                 module = getattr(module, child)
-            self.all_tied_weights_keys: dict[str, str] = {}  # nothing is left that could share weights
+            self.all_tied_weights_keys: dict[str, str] = {}  # no tied weights are left
 
-    for attribute in ("__name__", "__qualname__", "__module__"):  # by which renamings of tensors are found
+    for attribute in (
+        "__name__",
+        "__qualname__",
+        "__module__",
+    ):  # the library finds the renamings of tensors by these names
         setattr(Part, attribute, getattr(model_class, attribute))
     return Part
 

@@ -9,7 +9,7 @@ import torch
 
 from .errors import ConversionError
 
-MAX_VIEWS = 4  # how often a stored element may occur: tied weights are two views of one
+MAX_VIEWS = 4  # how many views may share a stored element; tied weights are two
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -31,7 +31,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise ValueError("it is compressed, as `torch.save` never does")
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
+    except Exception as error:  # the unpickler raises anything for a damaged file
         raise ConversionError(
             f"{path} cannot be read with weights_only, and is not read otherwise: {type(error).__name__}: {error}"
         ) from error

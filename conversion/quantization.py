@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .errors import ConversionError
 
-_shortened = Repr()  # of what a file says, which may be megabytes
+_shortened = Repr()  # values from files may have megabytes
 _shortened.maxstring = 200
 shortened = _shortened.repr
 
@@ -96,7 +96,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(unquantized(config))
-    except Exception as error:  # whatever a model's constructor makes of a configuration that it did not expect
+    except Exception as error:  # constructors raise anything for unexpected values
         raise ConversionError(
             f"config.json: a {config.model_type} model cannot be made of it: {type(error).__name__}: {error}"
         ) from error
@@ -132,7 +132,7 @@ def unavailable(config: PreTrainedConfig) -> str | None:
         quantizer.validate_environment(device_map={"": "cpu"}, weights_only=True)
     except (ImportError, RuntimeError) as error:
         return str(error)
-    except Exception as error:  # whatever a library makes of values that it did not expect
+    except Exception as error:  # libraries raise anything for unexpected values
         raise ConversionError(
             f"config.json: quantization_config makes no quantiser: {type(error).__name__}: {error}"
         ) from error

@@ -124,7 +124,9 @@ class Source:
 
     @cached_property
     def num_parameters(self) -> int:
-        if quantization.quantization_method(self.config) is not None:  # several to an element, and scales beside them
+        if (
+            quantization.quantization_method(self.config) is not None
+        ):  # stored elements hold several weights, and there are scales
             return quantization.meta_model(self.config).num_parameters()
         return self.num_elements.total()
 
@@ -161,7 +163,7 @@ def open_source(source: str | os.PathLike, revision: str | None = None, allow_pi
         raise ConversionError(f"source {source!r} is no path and no Hub id: {error}") from error
     try:
         return _open(source, directory, allow_pickle)
-    except OSError as error:  # a directory that cannot be listed
+    except OSError as error:  # the directory cannot be listed
         raise ConversionError(f"{directory} cannot be read: {error}") from error
 
 
@@ -181,7 +183,7 @@ def _open(source: str | os.PathLike, directory: Path, allow_pickle: bool) -> Sou
     copy_file(directory / "config.json", Path(copies.name) / "config.json", directory)
     _check_tokenizer_files(Path(copies.name))
     if os.path.lexists(directory / CARD):
-        with suppress(ConversionError):  # one that is a FIFO, or lies elsewhere, has nothing to inherit
+        with suppress(ConversionError):  # a card that is a FIFO or lies elsewhere is not read
             copy_file(directory / CARD, Path(copies.name) / CARD, directory)
     found = Source(directory, name, config, () if pickles else shards, tensors, infos, companions, copies, pickles)
     try_out(f"{directory}: the tokenizer", partial(_try_tokenizer, found.files))
@@ -205,7 +207,7 @@ def find_checkpoint(path: Path, revision: str | None = None, allow_pickle: bool 
     try:
         patterns = ["config.json", "adapter_config.json", "README.md", SAFE_WEIGHTS_INDEX_NAME, *COMPANIONS]
         directory = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-        shards = [SAFE_WEIGHTS_NAME]  # and no other: repositories hold the same weights in several formats
+        shards = [SAFE_WEIGHTS_NAME]  # only these, because repositories hold the same weights in several formats
         if (directory / SAFE_WEIGHTS_INDEX_NAME).is_file():
             shards += read_index(directory)[0]
         elif allow_pickle and not (directory / SAFE_WEIGHTS_NAME).is_file():
@@ -223,7 +225,7 @@ def find_checkpoint(path: Path, revision: str | None = None, allow_pickle: bool 
 
 def _read_config(directory: Path) -> PreTrainedConfig:
     config_file = directory / "config.json"
-    if os.path.lexists(directory / "adapter_config.json"):  # which is loaded together with weights that are beside it
+    if os.path.lexists(directory / "adapter_config.json"):  # the library would load it together with the weights
         raise ConversionError(f"{directory} holds {refusals.other_format(['adapter_config.json'])}")
     if not os.path.lexists(config_file):
         reason = refusals.other_format(path.name for path in directory.iterdir())
@@ -254,15 +256,17 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         )
     quantization.quantization_method(config_dict)
     _check_num_layers(config_file, config_dict)
-    for field in OTHER_FILES & config_dict.keys():  # the library would read these instead, which nobody has looked at
+    for field in OTHER_FILES & config_dict.keys():  # the library would read these files, which are not checked
         raise ConversionError(f"{config_file}: {field}={_repr(config_dict[field])} names other files; remove it.")
     make_config = partial(CONFIG_MAPPING[model_type].from_dict, config_dict)
     try_out(f"{config_file}: the configuration", make_config)
     try:
         config = make_config()
-    except Exception as error:  # whatever a configuration's constructor makes of a value that it did not expect
+    except Exception as error:  # constructors raise anything for unexpected values
         raise ConversionError(f"{config_file} makes no {model_type} configuration: {error}") from error
-    if config.dtype is not None and config.dtype not in quantization.MODEL_DTYPES.values():  # float8 makes no model
+    if (
+        config.dtype is not None and config.dtype not in quantization.MODEL_DTYPES.values()
+    ):  # no model computes in float8
         raise ConversionError(
             f"{config_file}: dtype={config.dtype!r}; a floating-point dtype of 16 bits or more is needed."
         )
@@ -294,7 +298,7 @@ def check_sizes(directory: Path, config: PreTrainedConfig, infos: dict[str, Tens
         raise ConversionError(
             f"{config_file}: num_hidden_layers={config.num_hidden_layers}, but there are only {len(infos)} tensors."
         )
-    filled = [info for info in infos.values() if info.num_elements]  # one without elements vouches for no size
+    filled = [info for info in infos.values() if info.num_elements]  # an empty tensor proves no size
     if not any(config.hidden_size in info.shape for info in filled):
         raise ConversionError(f"{config_file}: hidden_size={_repr(config.hidden_size)}, but no tensor has that size.")
     for field, value in config.to_dict().items():
@@ -500,7 +504,7 @@ def regular_file(path: Path, directory: Path | None = None) -> Path:
     try:
         file = path.resolve(strict=True)
         mode = file.stat().st_mode
-    except (OSError, RuntimeError) as error:  # of a loop of links
+    except (OSError, RuntimeError) as error:  # raised for a loop of links
         raise ConversionError(f"{path} cannot be read: {error}") from error
     if not any(file.is_relative_to(parent) for parent in allowed):
         raise ConversionError(f"{path} is a link out of the checkpoint, to {file}; put the file itself there.")

@@ -48,11 +48,13 @@ MORE_TEXTS = (
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer that `AutoTokenizer` gives for a checkpoint without running code of it, or `None` if it has none
     that can be loaded."""
-    if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):  # the library would make an empty one
+    if not any(
+        any(directory.glob(pattern)) for pattern in TOKENIZER_FILES
+    ):  # the library would make an empty tokenizer
         return None
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception:  # a tokenizer may lack anything; a checkpoint can be converted without one
+    except Exception:  # loading raises anything; a checkpoint can be converted without a tokenizer
         return None
 
 
@@ -75,7 +77,7 @@ def pin_tokenizer(source: Path, converted: Path) -> str | None:
     name = type(original).__name__
     _write_class(name, converted / TOKENIZER_CONFIG)
     if _difference(original, converted) is not None:
-        original.save_pretrained(converted)  # writes out what the class had made of the files
+        original.save_pretrained(converted)  # writes the tokenizer as its class made it from the files
         _write_class(name, converted / TOKENIZER_CONFIG)
         if (difference := _difference(original, converted)) is not None:
             raise VerificationError(
@@ -96,7 +98,7 @@ def write_generation_config(source: Path, converted: Path) -> None:
     try:
         config = GenerationConfig.from_pretrained(source, config_file_name="config.json", _from_model_config=True)
         config.to_json_file(converted / GENERATION_CONFIG)
-    except Exception as error:  # whatever a configuration's constructor makes of a value that it did not expect
+    except Exception as error:  # constructors raise anything for unexpected values
         raise ConversionError(f"{source / 'config.json'} makes no generation configuration: {error}") from error
 
 
@@ -118,7 +120,7 @@ def _difference(original: Any, converted: Path) -> str | None:
             tokenizer = load(
                 converted, **({"trust_remote_code": False} if load is AutoTokenizer.from_pretrained else {})
             )
-        except Exception as error:  # a tokenizer may lack anything
+        except Exception as error:  # loading a tokenizer raises anything
             return f"it cannot be loaded from the result ({type(error).__name__}: {error})"
         for text in (*TEXTS, *MORE_TEXTS):
             expected, actual = original(text)["input_ids"], tokenizer(text)["input_ids"]

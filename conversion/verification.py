@@ -67,7 +67,7 @@ class Verification:
     greedy_agreement: float
 
     def is_within(self, tolerance: float) -> bool:
-        return self.largest_logit_difference <= tolerance * max(1.0, self.largest_logit)  # never for NaN
+        return self.largest_logit_difference <= tolerance * max(1.0, self.largest_logit)  # false for NaN
 
 
 def check_complete(source: Source, converted: Path) -> None:
@@ -96,12 +96,12 @@ def _check_runs(source: Source, config: PreTrainedConfig) -> None:
     """
     try:
         expected = _shape_of_logits(AutoModelForCausalLM.from_config, source.config)
-    except Exception:  # some forwards depend on values, which there are none of
+    except Exception:  # some forwards depend on values, and meta tensors have none
         return
     name = source.name
     try:
         actual = _shape_of_logits(AttnResForCausalLM, config)
-    except Exception as error:  # a wrong number of reads, for one
+    except Exception as error:  # for example a wrong number of reads
         raise VerificationError(
             f"the model of {name} runs, and the converted one does not: {type(error).__name__}: {error} Nothing was "
             "delivered."
@@ -115,7 +115,7 @@ def _check_runs(source: Source, config: PreTrainedConfig) -> None:
 
 def _shape_of_logits(make_model: Any, config: PreTrainedConfig) -> torch.Size:
     config = quantization.unquantized(config)
-    config._experts_implementation = "batched_mm"  # the others depend on values, or on the dtype
+    config._experts_implementation = "batched_mm"  # the other implementations depend on values or on the dtype
     with FakeTensorMode(), torch.no_grad():
         model = make_model(config).eval()
         return model(input_ids=torch.ones(2, 9, dtype=torch.long), use_cache=False).logits.shape
@@ -206,7 +206,7 @@ def _logits(model: PreTrainedModel, sequences: list[torch.Tensor]) -> list[torch
         logits = model(input_ids=input_ids, use_cache=False).logits
     except AttnResError:
         raise
-    except Exception as error:  # a configuration that can be loaded need not be one that can be run
+    except Exception as error:  # not every configuration that loads can run
         raise ConversionError(f"{model.config.model_type} model cannot be run: {error}") from error
     return [row[: len(ids)] for row, ids in zip(logits, sequences)]
 

@@ -58,7 +58,7 @@ def check(benchmarks: Iterable[Benchmark], unsafe_code: bool = False, data: Path
     for benchmark in benchmarks:
         try:
             found.append(Access(benchmark, load(benchmark, unsafe_code, data)))
-        except Exception as error:  # any failure of one task leaves the others to run, and is reported
+        except Exception as error:  # a task that fails is reported, and the others run
             found.append(Access(benchmark, None, *explain(error, benchmark)))
     return found
 

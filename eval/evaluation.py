@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import lm_eval
 import lm_eval.evaluator
-import lm_eval.models  # fills the registry of model classes
+import lm_eval.models  # registers the model classes
 import psutil
 import torch
 from lm_eval.api.registry import get_model

@@ -20,8 +20,8 @@ from rich.table import Table
 from ..model_cards.scores import SHARES, score_text
 from .comparison import Row
 
-WIDE = ("Metric", "Shots", "Paper: baseline", "Paper: AttnRes")  # columns for which a terminal has no room
-CONFIDENCE = 1.96  # standard errors to either side that hold 95 %
+WIDE = ("Metric", "Shots", "Paper: baseline", "Paper: AttnRes")  # columns that do not fit into a terminal
+CONFIDENCE = 1.96  # a 95 % interval is this many standard errors to each side
 BLUE, GREY = "#2057a8", "#8a8f98"
 NOTES = (
     "Scores and differences in percent, ± one standard error. p: two-sided paired test over the same questions, "
@@ -135,7 +135,7 @@ class Report:
 
 
 def _label(row: Row) -> str:
-    return f"{row.name} (LIMITED)" if row.limited else row.name  # without the sign, for which not every font has one
+    return f"{row.name} (LIMITED)" if row.limited else row.name  # without the warning sign, which some fonts lack
 
 
 def _number(value: float | None, stderr: float | None, row: Row, sign: str = "") -> str:

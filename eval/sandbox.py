@@ -295,7 +295,7 @@ def run_program(
             return Run("output", None, printed)
         try:
             return Run("exited", process.wait(STARTUP_SECONDS), printed)
-        except subprocess.TimeoutExpired:  # it closed its output and goes on
+        except subprocess.TimeoutExpired:  # it closed its output but still runs
             return Run("timeout", None, printed)
 
 
@@ -462,7 +462,7 @@ def _bubblewrap(mounts: dict[str, str], user: int | None) -> list[str]:
         arguments += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     parents = {str(path) for target in mounts for path in Path(target).parents}
     for path in sorted(parents - {"/"}) + [SCRATCH]:
-        arguments += ["--dir", path]  # by itself it makes them for root alone
+        arguments += ["--dir", path]  # otherwise it makes them readable by root alone
     for target, source in mounts.items():
         arguments += ["--dev-bind" if target in DEVICES else "--ro-bind", source, target]
     return [*arguments, "--remount-ro", "/", "--chdir", SCRATCH, "--"]

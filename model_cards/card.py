@@ -39,7 +39,7 @@ TO_FILL_IN = re.compile(r"\[To fill in: ([^\]]*)\]")
 # A card of somebody else is read no further than this; the largest on the Hub list thousands of evaluation results.
 MAX_CARD_BYTES = 2**20
 INHERITED = ("license", "license_name", "license_link", "language", "base_model")
-QUERY = "depth_attention.query"  # how the name of the pseudo-queries ends on disk
+QUERY = "depth_attention.query"  # the end of the pseudo-queries' name on disk
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 LOCAL_PATH = re.compile(r"(?<![\w:/.~])(?:[.~]{0,2}(?:/[\w.@+-]+){2,}|[A-Za-z]:(?:\\{1,2}[\w.@+-]+)+)")
@@ -178,7 +178,7 @@ def inherited_metadata(source: Path) -> dict[str, Any]:
     """
     try:
         metadata = read_metadata(source / CARD)
-    except CardError:  # a card that cannot be read has nothing to inherit
+    except CardError:  # nothing is inherited from a card that cannot be read
         return {}
     inherited = {}
     for name in INHERITED:
@@ -283,7 +283,7 @@ def _merge_metadata(path: Path, head: str, fresh: ModelCard, replace_index: bool
         new_index = new.pop("model-index", [])
         added = {name: value for name, value in new.items() if name not in old}
         if "base_model" in old:
-            added.pop("base_model_relation", None)  # whoever named the base left it out
+            added.pop("base_model_relation", None)  # the user named the base without a relation
         expected = {**old, **added}
         index = [*_index_of_others(old.get("model-index") or []), *new_index]
         if replace_index and index != (old.get("model-index") or []):

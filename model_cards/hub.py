@@ -234,5 +234,5 @@ def _cause(error: BaseException | None, kind: type[Any]) -> Any:
 def _is_passing(error: Exception) -> bool:
     refused = _cause(error, HfHubHTTPError)
     if refused is None:
-        return _cause(error, HTTPError) is not None  # of the connection
+        return _cause(error, HTTPError) is not None  # an error of the connection
     return refused.response.status_code >= 500

@@ -169,7 +169,7 @@ def load_model(directory: Path, config: Any) -> Any:
         return model_class.from_pretrained(directory, config=copy.deepcopy(config), dtype=config.dtype or torch.float32)
     except AttnResError:
         raise
-    except Exception as error:  # whatever a model's constructor makes of files that it did not expect
+    except Exception as error:  # constructors raise anything for unexpected files
         raise TrainingError(f"{directory} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
@@ -215,7 +215,7 @@ def load_tokenizer(name: str | Path) -> Any:
         if directory.is_dir() and not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
             raise FileNotFoundError(f"no file there is called {' or '.join(TOKENIZER_FILES)}")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # a tokenizer may lack anything
+    except Exception as error:  # loading a tokenizer raises anything
         raise TrainingError(f"{name} has no tokenizer that can be loaded: {error}") from error
     if tokenizer.eos_token is None:
         raise TrainingError(f"The tokenizer of {name} has no end-of-text token (eos_token), which ends examples.")

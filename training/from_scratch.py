@@ -224,7 +224,7 @@ def _backbone(section: ModelSection, tokenizer: Any) -> PreTrainedConfig:
             config = AutoConfig.for_model(**({"vocab_size": len(tokenizer)} | ids | dict(section.backbone)))
         else:
             config = AutoConfig.from_pretrained(section.backbone, trust_remote_code=False)
-    except Exception as error:  # whatever a configuration's constructor makes of a value that it did not expect
+    except Exception as error:  # constructors raise anything for unexpected values
         raise TrainingError(f"model.backbone makes no configuration: {error}") from error
     if isinstance(config, AttnResConfig):
         raise TrainingError("model.backbone is an AttnRes model; give the decoder's configuration.")
@@ -261,7 +261,7 @@ def make_model(backbone: PreTrainedConfig, section: ModelSection, seed: int) -> 
         _, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
     except AttnResError:
         raise
-    except Exception as error:  # whatever a model's constructor makes of a configuration that it did not expect
+    except Exception as error:  # constructors raise anything for unexpected values
         raise TrainingError(f"model.backbone makes no model: {type(error).__name__}: {error}") from error
     assert not unexpected, unexpected
     return model
