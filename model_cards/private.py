@@ -148,7 +148,8 @@ def _secret_patterns() -> tuple[tuple[str, re.Pattern[bytes], Any], ...]:
     except ImportError as error:
         raise AttnResError('secrets cannot be looked for: install detect-secrets (pip install ".[push]").') from error
     found: list[tuple[str, re.Pattern[bytes], Any]] = []
-    for kind, detector in sorted(get_mapping_from_secret_type_to_class().items()):
+    detectors: dict[str, Any] = get_mapping_from_secret_type_to_class()
+    for kind, detector in sorted(detectors.items()):
         if issubclass(detector, RegexBasedDetector) and kind not in NOT_USED:
             is_valid = getattr(detector, "is_formally_valid", None)
             flags = re.IGNORECASE | re.VERBOSE | re.MULTILINE
