@@ -30,7 +30,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..configuration_attnres import DEPTH_VARIANTS, AttnResConfig
+from ..configuration_attnres import DEPTH_VARIANTS, AttnResConfig, AttnResConfigError
 from ..depth_attention import DepthAttention, depth_settings
 from ..depth_state import DepthSettings, upcast
 from ..modeling_attnres import AttnResForCausalLM
