@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import signal
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
 from .configuration_attnres import AttnResError
+
+if TYPE_CHECKING:
+    from .training import TrainingReport
 
 app = typer.Typer(
     name="attnres",
@@ -27,17 +30,6 @@ app.add_typer(kimi_k3, name="kimi-k3")
 console = Console()
 error_console = Console(stderr=True)
 state = {"debug": False}
-
-
-class Mix(StrEnum):
-    sum = "sum"
-    mean = "mean"
-
-
-class Verify(StrEnum):
-    full = "full"
-    sample = "sample"
-    none = "none"
 
 
 def _print_version(value: bool) -> None:
@@ -67,10 +59,11 @@ def convert(
         int | None, typer.Option(help="S, sublayers per block, instead of --num-blocks.", show_default=False)
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Full AttnRes, the same as --block-size 1.")] = False,
-    mix: Annotated[Mix, typer.Option(help="sum: lossless for every architecture; mean: the paper's read.")] = Mix.sum,
+    mix: Annotated[str, typer.Option(help="sum: lossless for every architecture; mean: the paper's read.")] = "sum",
+    num_heads: Annotated[int, typer.Option(help="H, the depth heads; lossless, and no parameter more.")] = 1,
     verify: Annotated[
-        Verify, typer.Option(help="Compare the whole model, its first layers (if it does not fit), or nothing.")
-    ] = Verify.full,
+        str, typer.Option(help="What is compared. full: the whole model; sample: its first layers; none: nothing.")
+    ] = "full",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at DESTINATION.")] = False,
     allow_pickle: Annotated[
@@ -89,8 +82,9 @@ def convert(
         destination,
         num_blocks=num_blocks,
         block_size=1 if full else block_size,
-        mix=mix.value,
-        verify=verify.value,
+        mix=mix,
+        num_heads=num_heads,
+        verify=verify,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
         revision=revision,
@@ -252,6 +246,173 @@ def evaluate(
     console.print(
         f"Written: {output / 'report.html'}, and report.md, report.json beside it.", markup=False, soft_wrap=True
     )
+
+
+@app.command()
+def finetune(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(help="Directory or Hub id of a converted checkpoint, or of a plain one.", show_default=False),
+    ],
+    data: Annotated[list[str], typer.Option(help="File, directory or Hub id to train on; repeat it for several.")],
+    output: Annotated[Path, typer.Option(help="Directory to write to; the same command goes on there.")],
+    train: Annotated[
+        str, typer.Option(help="full: all parameters; lora: depth and an adapter; depth: depth parameters alone.")
+    ] = "full",
+    validation: Annotated[
+        list[str] | None, typer.Option(help="The same, to measure on; or the share held out, as 0.02.")
+    ] = None,
+    num_blocks: Annotated[int | None, typer.Option(help="N, of a plain checkpoint.", show_default=False)] = None,
+    block_size: Annotated[int | None, typer.Option(help="S, of a plain checkpoint.", show_default=False)] = None,
+    depth: Annotated[
+        list[str] | None, typer.Option(help="Another field of AttnResConfig, as mix=mean.", show_default=False)
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Train a plain checkpoint as it is, to compare with.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter of --train lora into the weights.")] = False,
+    split: Annotated[str, typer.Option(help="Of data sets of the Hub.")] = "train",
+    text_column: Annotated[str, typer.Option(help="The column with the text.")] = "text",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.", show_default=False)] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Sequences per device and forward.")] = 8,
+    accumulation: Annotated[int, typer.Option(help="Forwards per optimizer step.")] = 1,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence (1024, or the model's positions).", show_default=False)
+    ] = None,
+    packing: Annotated[
+        str, typer.Option(help="wrapped, bfd or none; auto: wrapped for plain text, else none.")
+    ] = "auto",
+    assistant_only: Annotated[bool, typer.Option("--assistant-only", help="Loss on the assistant's turns.")] = False,
+    completion_only: Annotated[
+        bool | None, typer.Option(help="Loss on completions alone (if there are prompts).", show_default=False)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak, of all but depth parameters.", show_default=False)
+    ] = None,
+    depth_learning_rate: Annotated[
+        float | None, typer.Option(help="Peak, of depth parameters.", show_default=False)
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.01,
+    optimizer: Annotated[str, typer.Option(help="adamw; muon: of matrices, AdamW for the rest.")] = "adamw",
+    schedule: Annotated[str, typer.Option(help="Of the learning rates: cosine or warmup_stable_decay.")] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which they rise.")] = 0.05,
+    decay: Annotated[float, typer.Option(help="Share in which warmup_stable_decay lets them fall.")] = 0.2,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are scaled down to it; 0: never.")] = 1.0,
+    precision: Annotated[str, typer.Option(help="bf16 or fp32; auto: bf16 where an accelerator has it.")] = "auto",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again in the backward.")
+    ] = False,
+    lora_rank: Annotated[int, typer.Option(help="Of the adapter.")] = 16,
+    lora_alpha: Annotated[int, typer.Option(help="Of the adapter.")] = 32,
+    lora_dropout: Annotated[float, typer.Option(help="Of the adapter.")] = 0.0,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations (before and after if not given).", show_default=False)
+    ] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    log_every: Annotated[int, typer.Option(help="Steps that a logged loss is the mean of.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the order of the data and of dropout.")] = 42,
+    tensorboard: Annotated[bool, typer.Option(help="Write logs to OUTPUT/runs.")] = True,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep the optimizer's states in the end.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run in OUTPUT.")] = False,
+) -> None:
+    """Train a checkpoint further; a plain one is retrofitted meanwhile. Interrupted, the same command goes on."""
+    from . import training
+
+    fields = _depth_fields(depth) | {
+        name: value for name, value in (("num_blocks", num_blocks), ("block_size", block_size)) if value is not None
+    }
+    report = training.finetune(
+        checkpoint,
+        data=data,
+        output=output,
+        train=train,
+        validation=_share_or_paths(validation),
+        depth=fields,
+        plain=plain,
+        merge=merge,
+        split=split,
+        text_column=text_column,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        sequence_length=sequence_length,
+        packing=packing,
+        assistant_only=assistant_only,
+        completion_only=completion_only,
+        learning_rate=learning_rate,
+        depth_learning_rate=depth_learning_rate,
+        weight_decay=weight_decay,
+        optimizer=optimizer,
+        schedule=schedule,
+        warmup=warmup,
+        decay=decay,
+        max_grad_norm=max_grad_norm,
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        eval_every=eval_every,
+        save_every=save_every,
+        log_every=log_every,
+        seed=seed,
+        tensorboard=tensorboard,
+        keep_checkpoints=keep_checkpoints,
+        revision=revision,
+        overwrite=overwrite,
+        console=error_console,
+    )
+    _print_training(report, output)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="YAML file that says what is trained, and how.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(help="Directory to write to, instead of the file's.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run there.")] = False,
+) -> None:
+    """Train a model from scratch: AttnRes, a variant of it, or a baseline, over any decoder."""
+    from . import training
+
+    run = training.RunConfig.read(config)
+    output = output or Path(run.output)
+    _print_training(training.train(run, output=output, overwrite=overwrite, console=error_console), output)
+
+
+def _depth_fields(pairs: list[str] | None) -> dict[str, Any]:
+    """The fields that `--depth NAME=VALUE` gives, each value read as YAML reads it."""
+    from .training import TrainingError
+
+    fields = {}
+    for pair in pairs or []:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise TrainingError(f"--depth {pair!r}: NAME=VALUE was expected, as mix=mean.")
+        fields[name] = yaml.safe_load(value)
+    return fields
+
+
+def _share_or_paths(values: list[str] | None) -> list[str] | float | None:
+    if values and len(values) == 1:
+        try:
+            return float(values[0])
+        except ValueError:
+            return list(values)
+    return values
+
+
+def _print_training(report: TrainingReport, output: Path) -> None:
+    from .training.engine import process_state
+    from .training.report import report_table
+
+    if process_state().is_main_process:
+        console.print(report_table(report))
+        console.print(f"Written: {escape(str(output))}", soft_wrap=True)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Callable
 from functools import cache
@@ -32,9 +33,21 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .backbones import REFUSED, SUPPORTED, Backbone
 
-MIXES = ("mean", "sum")
+MIXES = ("mean", "sum", "gated")
 DEPTH_ATTENTION_IMPLEMENTATIONS = ("eager", "two_phase", "triton", "auto")
-DEPTH_DEFAULTS = {"mix": "mean", "key_norm_eps": 1e-6, "implementation": "two_phase"}
+QUERIES = ("learned", "input", "static")
+WEIGHTINGS = ("softmax", "sigmoid")
+VALUES = ("raw", "normalized")
+DEPTH_VARIANTS: dict[str, Any] = {  # their values in the paper's read
+    "num_heads": 1,
+    "query": "learned",
+    "weighting": "softmax",
+    "key_norm": True,
+    "logit_scale": 1.0,
+    "window": None,
+    "values": "raw",
+}
+DEPTH_DEFAULTS = {"mix": "mean", "key_norm_eps": 1e-6, "implementation": "two_phase", **DEPTH_VARIANTS}
 DEFAULT_NUM_BLOCKS = 8
 
 # The arguments of the constructor that set an entry of `depth_attention`, by the entry that each sets.
@@ -118,15 +131,35 @@ class AttnResConfig(PreTrainedConfig):
         mix (`str`, *optional*, defaults to `"mean"`):
             `"mean"` is the paper's read, a weighted mean of the sources. `"sum"` multiplies it by the number of
             sources, so that zero pseudo-queries give exactly the standard residual stream, whatever norm follows.
+            `"gated"` is the standard residual stream plus a learned gate (one number per read, zero at first) times
+            the mean. A read of one source is that source in all three.
         key_norm_eps (`float`, *optional*, defaults to 1e-6):
             Epsilon of the RMSNorm on the keys.
         depth_attention_implementation (`str`, *optional*, defaults to `"two_phase"`):
             How depth attention is computed: `"eager"` (the reference), `"two_phase"`, `"triton"` (CUDA devices), or
             `"auto"` (`"triton"` where it runs, else `"two_phase"`). Every implementation gives the same result.
+            `"eager"` computes the variants that the chosen one does not cover.
+        depth_attention (`dict`, *optional*):
+            Further settings, the *variants* of a read. Numbers of the paper are validation losses of Table 4, where
+            Full AttnRes has 1.737 and Block AttnRes with S = 4 has 1.746.
+
+            - `num_heads` (`int`, defaults to 1): H, the depth heads. Key, query and source are cut into H slices; each
+              head weighs its own slice (Block, H = 16: 1.752). H divides the hidden size. The rms is of the whole key.
+            - `query` (`str`, defaults to `"learned"`): `"input"` multiplies the key of the latest source by a learned
+              `[hidden, hidden]` matrix per read (1.731; the paper does not say of which input). `"static"` learns the
+              logits themselves, one per read and source (1.749).
+            - `weighting` (`str`, defaults to `"softmax"`): `"sigmoid"` weighs each source by itself, with
+              `2 * sigmoid(logit) / n`, so that zero queries give the mean as well (1.741).
+            - `key_norm` (`bool`, defaults to `True`): the RMSNorm on keys (without it: Full 1.743, Block 1.750).
+            - `logit_scale` (`float`, defaults to 1.0): a factor of the logits (Inkling 2 has hidden_size ** -0.5).
+            - `window` (`int`, *optional*): a read sees the embedding and this number of the latest sources (Full,
+              8: 1.764).
+            - `values` (`str`, defaults to `"raw"`): `"normalized"` sums sources divided by their rms (Inkling 2).
         kwargs: any field of the backbone's configuration, to set it.
 
     Attributes:
-        depth_attention (`dict`): `block_size`, `mix`, `key_norm_eps` and `implementation`, as in config.json.
+        depth_attention (`dict`): `block_size`, `mix`, `key_norm_eps`, `implementation` and the variants, as in
+            config.json.
         num_sublayers (`int`): L, as a rule one token mixer and one MLP per decoder layer.
         num_reads (`int`): R = L + 1, one read in front of each sublayer and the output read.
         num_blocks (`int`): N = ceil(L / S). To set it sets `block_size` to ceil(L / N).
@@ -216,6 +249,43 @@ class AttnResConfig(PreTrainedConfig):
         eps = depth["key_norm_eps"]
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1:
             raise AttnResConfigError(f"key_norm_eps={eps!r} is not allowed; it must be a number between 0 and 1.")
+        self._validate_variant(depth)
+
+    def _validate_variant(self, depth: dict[str, Any]) -> None:
+        _check_choice("query", depth["query"], QUERIES)
+        _check_choice("weighting", depth["weighting"], WEIGHTINGS)
+        _check_choice("values", depth["values"], VALUES)
+        _check_range("num_heads", depth["num_heads"], 1, self.hidden_size, "dimensions of the hidden state")
+        if self.hidden_size % depth["num_heads"]:
+            raise AttnResConfigError(
+                f"num_heads={depth['num_heads']!r} is not allowed; it must divide hidden_size={self.hidden_size}."
+            )
+        if not isinstance(depth["key_norm"], bool):
+            raise AttnResConfigError(f"key_norm={depth['key_norm']!r} is not allowed; it must be true or false.")
+        scale = depth["logit_scale"]
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise AttnResConfigError(f"logit_scale={scale!r} is not allowed; it must be a positive number.")
+        if depth["window"] is not None:
+            _check_range("window", depth["window"], 1, self.num_sublayers, "sublayers of the backbone")
+        is_static, is_sum = depth["query"] == "static", depth["mix"] == "sum"
+        senseless = {
+            "query='static' learns a weight per source and has no heads; set num_heads to 1": is_static
+            and depth["num_heads"] != 1,
+            "query='static' looks at no keys; set key_norm to true": is_static and not depth["key_norm"],
+            "query='static' has no products to scale; set logit_scale to 1": is_static and scale != 1,
+            "mix='gated' goes with query='learned' or 'static'; choose another mix": depth["mix"] == "gated"
+            and depth["query"] == "input",
+            "values='normalized' are divided by the rms of their keys; set key_norm to true": depth["values"]
+            == "normalized"
+            and not depth["key_norm"],
+            "mix='sum' of a window is not the residual stream; choose 'mean' or 'gated'": is_sum
+            and depth["window"] is not None,
+            "mix='sum' of normalized values is not the residual stream; choose 'mean' or 'gated'": is_sum
+            and depth["values"] == "normalized",
+        }
+        for message, is_so in senseless.items():
+            if is_so:
+                raise AttnResConfigError(f"depth_attention makes no sense: {message}.")
 
     def validate(self) -> None:
         """Checks the entries of `depth_attention`, then lets the backbone's configuration check its fields."""
@@ -231,7 +301,7 @@ class AttnResConfig(PreTrainedConfig):
         config_dict, others = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == AttnResConfig.model_type:
             return cls.from_dict(config_dict, **others)
-        depth = {name: kwargs.pop(name) for name in DEPTH_ARGUMENTS if name in kwargs}
+        depth = {name: kwargs.pop(name) for name in ("depth_attention", *DEPTH_ARGUMENTS) if name in kwargs}
         returns_unused = kwargs.pop("return_unused_kwargs", False)
         backbone_config, unused = AutoConfig.from_pretrained(
             pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
@@ -247,14 +317,13 @@ class AttnResConfig(PreTrainedConfig):
                 "this config.json nests the decoder's fields in `backbone_config`, as attnres 0.1 did; convert the "
                 "source again with this version."
             )
-        depth = {name: kwargs.pop(name) for name in DEPTH_ARGUMENTS if name in kwargs}
+        depth = {name: kwargs.pop(name) for name in ("depth_attention", *DEPTH_ARGUMENTS) if name in kwargs}
         returns_unused = kwargs.pop("return_unused_kwargs", False)
         fields = dict(config_dict)
         entry = fields.pop("depth_attention", {"mix": "sum"})
         model_type = fields.pop("model_type", None)
         model_type = fields.pop("backbone_model_type", model_type)
-        if not isinstance(entry, dict):
-            raise AttnResConfigError(f"depth_attention={entry!r}; a dict of settings was expected.")
+        _checked_entry(entry)
         is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
         if not is_known or model_type == AttnResConfig.model_type:
             raise AttnResConfigError(
@@ -344,15 +413,22 @@ def _new_config(backbone_config_class: type[PreTrainedConfig]) -> AttnResConfig:
 def _with_depth(backbone_config: PreTrainedConfig, entry: dict[str, Any], arguments: dict[str, Any]) -> AttnResConfig:
     """A configuration whose `depth_attention` is `entry`, but for arguments that are not `None`."""
     arguments = {name: value for name, value in arguments.items() if value is not None}
+    entry = {**entry, **_checked_entry(arguments.pop("depth_attention", {}))}
     if arguments.keys() & {"block_size", "num_blocks"}:
         entry = {name: value for name, value in entry.items() if name != "block_size"}
     return AttnResConfig(backbone_config=backbone_config, depth_attention=entry, **arguments)
 
 
+def _checked_entry(entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise AttnResConfigError(f"depth_attention={entry!r}; a dict of settings was expected.")
+    return entry
+
+
 def _depth_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Takes the arguments of depth attention out of those of the constructor: the entries of `depth_attention`, and
     `num_blocks` if it was given."""
-    depth = {**DEPTH_DEFAULTS, **kwargs.pop("depth_attention", {})}
+    depth = {**DEPTH_DEFAULTS, **_checked_entry(kwargs.pop("depth_attention", {}))}
     for argument, entry in DEPTH_ARGUMENTS.items():
         if argument in kwargs:
             value = kwargs.pop(argument)

@@ -84,24 +84,69 @@ def add_to_row(matrix, index, values):
     return matrix + tl.where(is_row[:, None], values[None, :], 0.0)
 
 
-@triton.jit(do_not_specialize=["num_sources", "num_reads", "num_tokens"])
+# A read with several heads is one *row* for each head, in all that has rows: a row looks at the columns of its head.
+
+
+@triton.jit
+def in_head(columns, row_index, HIDDEN: tl.constexpr, HEADS: tl.constexpr):
+    """Which columns belong to the head of a row."""
+    return columns < HIDDEN if HEADS == 1 else columns // (HIDDEN // HEADS) == row_index % HEADS
+
+
+@triton.jit
+def sum_of_head(values, columns, HIDDEN: tl.constexpr, HEADS: tl.constexpr):
+    """The sum over the columns of each head, `[BLOCK]`, at each of its columns; a scalar for one head."""
+    if HEADS == 1:
+        total = tl.sum(values, axis=0)
+    else:
+        total = tl.zeros_like(values)
+        for head in range(0, HEADS):
+            is_here = in_head(columns, head, HIDDEN, HEADS)
+            total = tl.where(is_here, tl.sum(tl.where(is_here, values, 0.0), axis=0), total)
+    return total
+
+
+@triton.jit
+def of_head(pointer, token, columns, HIDDEN: tl.constexpr, HEADS: tl.constexpr):
+    """Pointers into `[tokens, HEADS]`: one for one head, else that of the head of each column."""
+    return pointer + token if HEADS == 1 else pointer + token * HEADS + columns // (HIDDEN // HEADS)
+
+
+@triton.jit
+def key_scale(squares, HIDDEN: tl.constexpr, EPS: tl.constexpr):
+    """1 / rms from a sum of squares, or 1 if keys have no norm."""
+    return squares * 0 + 1 if EPS is None else tl.rsqrt(squares / HIDDEN + EPS)
+
+
+@triton.jit
+def is_seen(index, row_index, first_read, block_size, HEADS: tl.constexpr, WINDOW: tl.constexpr):
+    """Which sources are in the window of each row, `[READS, N]`."""
+    first = 1 + (first_read + row_index // HEADS + block_size - 1) // block_size - WINDOW
+    return (index == 0)[None, :] | (index[None, :] >= first[:, None])
+
+
+@triton.jit(do_not_specialize=["num_sources", "num_rows", "num_tokens", "first_read", "block_size"])
 def phase_one_kernel(
     sources,
     queries,  # [reads, HIDDEN]
     output,  # [reads, tokens, HIDDEN]
-    log_sum_exp,  # [reads, tokens]
+    log_sum_exp,  # [reads, tokens, HEADS]
     num_sources,
-    num_reads,
+    num_rows,
     num_tokens,
+    first_read,
+    block_size,
     HIDDEN: tl.constexpr,
     N: tl.constexpr,
     READS: tl.constexpr,
     BLOCK: tl.constexpr,
     EPS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * READS
-    here = tl.minimum(num_reads - first, READS)
+    here = tl.minimum(num_rows - first, READS)
     dtype: tl.constexpr = queries.dtype.element_ty
     columns = tl.arange(0, BLOCK)
     index = tl.arange(0, N)
@@ -116,17 +161,20 @@ def phase_one_kernel(
             values = load_values(rows, is_source, start + columns, HIDDEN, dtype)
         squares += tl.sum(values * values, axis=1)
         for r in range(0, here):
-            query_row = queries + (first + r) * HIDDEN + start + columns
-            query = tl.load(query_row, mask=start + columns < HIDDEN, other=0.0)
+            query_row = queries + (first + r) // HEADS * HIDDEN + start + columns
+            query = tl.load(query_row, mask=in_head(start + columns, first + r, HIDDEN, HEADS), other=0.0)
             products = add_to_row(products, r, tl.sum(values * query[None, :], axis=1))
 
-    logits = products * tl.rsqrt(squares / HIDDEN + EPS)[None, :]
+    reads = first + tl.arange(0, READS)
+    logits = products * key_scale(squares, HIDDEN, EPS)[None, :]
     logits = tl.where(is_source[None, :], logits, float("-inf"))
+    if WINDOW is not None:
+        logits = tl.where(is_seen(index, reads, first_read, block_size, HEADS, WINDOW), logits, float("-inf"))
     largest = tl.max(logits, axis=1)
     weights = tl.exp(logits - largest[:, None])
     total = tl.sum(weights, axis=1)
-    reads = first + tl.arange(0, READS)
-    tl.store(log_sum_exp + reads.to(tl.int64) * num_tokens + token, largest + tl.log(total), mask=reads < num_reads)
+    of_row = (reads // HEADS).to(tl.int64) * num_tokens * HEADS + token * HEADS + reads % HEADS
+    tl.store(log_sum_exp + of_row, largest + tl.log(total), mask=reads < num_rows)
     weights = weights / total[:, None]
 
     for start in range(0, HIDDEN, BLOCK):
@@ -134,27 +182,32 @@ def phase_one_kernel(
             values = load_values(rows, is_source, start + columns, HIDDEN, dtype)
         for r in range(0, here):
             mixed = tl.sum(row(weights, r)[:, None] * values, axis=0)
-            target = output + ((first + r).to(tl.int64) * num_tokens + token) * HIDDEN + start + columns
-            tl.store(target, mixed, mask=start + columns < HIDDEN)
+            target = output + (((first + r) // HEADS).to(tl.int64) * num_tokens + token) * HIDDEN + start + columns
+            tl.store(target, mixed, mask=in_head(start + columns, first + r, HIDDEN, HEADS))
 
 
-@triton.jit(do_not_specialize=["num_sources", "num_reads", "num_tokens"])
+@triton.jit(do_not_specialize=["num_sources", "num_rows", "num_tokens", "first_read", "block_size"])
 def phase_one_backward_kernel(
     sources,
     grad_sources,
     grad_outputs,  # a tuple as well: [tokens, HIDDEN] for each read
     queries,  # [reads, HIDDEN]
-    log_sum_exp,  # [reads, tokens]
-    grad_log_sum_exp,  # [reads, tokens]
-    grad_products,  # [sources, tokens, reads]
+    log_sum_exp,  # [reads, tokens, HEADS]
+    grad_log_sum_exp,  # [reads, tokens, HEADS]
+    grad_products,  # [sources, tokens, rows]
     num_sources,
-    num_reads,
+    num_rows,
     num_tokens,
+    first_read,
+    block_size,
     HIDDEN: tl.constexpr,
     N: tl.constexpr,
     READS: tl.constexpr,
+    GRADS: tl.constexpr,
     BLOCK: tl.constexpr,
     EPS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = queries.dtype.element_ty
@@ -169,59 +222,65 @@ def phase_one_backward_kernel(
     squares = tl.zeros([N], dtype)
     values = load_values(rows, is_source, columns, HIDDEN, dtype)
     for start in range(0, HIDDEN, BLOCK):
-        mask = start + columns < HIDDEN
         if BLOCK < HIDDEN:
             values = load_values(rows, is_source, start + columns, HIDDEN, dtype)
         squares += tl.sum(values * values, axis=1)
-        for r in range(0, num_reads):
-            query = tl.load(queries + r * HIDDEN + start + columns, mask=mask, other=0.0)
-            grad_row = pick(grad_outputs, r, READS) + token * HIDDEN + start
-            grad = tl.load(grad_row + columns, mask=mask, other=0.0).to(dtype)
+        for r in range(0, num_rows):
+            is_here = in_head(start + columns, r, HIDDEN, HEADS)
+            query = tl.load(queries + r // HEADS * HIDDEN + start + columns, mask=is_here, other=0.0)
+            grad_row = pick(grad_outputs, r // HEADS, GRADS) + token * HIDDEN + start
+            grad = tl.load(grad_row + columns, mask=is_here, other=0.0).to(dtype)
             products = add_to_row(products, r, tl.sum(values * query[None, :], axis=1))
             grad_weights = add_to_row(grad_weights, r, tl.sum(values * grad[None, :], axis=1))
 
     reads = tl.arange(0, READS)
-    is_read = reads < num_reads
-    inverse_rms = tl.rsqrt(squares / HIDDEN + EPS)
-    of_read = reads.to(tl.int64) * num_tokens + token
-    known = tl.load(log_sum_exp + of_read, mask=is_read, other=0.0)
-    weights = tl.exp(products * inverse_rms[None, :] - known[:, None])
-    weights = tl.where(is_read[:, None] & is_source[None, :], weights, 0.0)
-    shift = tl.load(grad_log_sum_exp + of_read, mask=is_read, other=0.0) - tl.sum(weights * grad_weights, axis=1)
+    is_row = reads < num_rows
+    inverse_rms = key_scale(squares, HIDDEN, EPS)
+    of_row = (reads // HEADS).to(tl.int64) * num_tokens * HEADS + token * HEADS + reads % HEADS
+    known = tl.load(log_sum_exp + of_row, mask=is_row, other=0.0)
+    is_used = is_row[:, None] & is_source[None, :]
+    if WINDOW is not None:
+        is_used = is_used & is_seen(index, reads, first_read, block_size, HEADS, WINDOW)
+    weights = tl.where(is_used, tl.exp(products * inverse_rms[None, :] - known[:, None]), 0.0)
+    shift = tl.load(grad_log_sum_exp + of_row, mask=is_row, other=0.0) - tl.sum(weights * grad_weights, axis=1)
     grad_logits = weights * (grad_weights + shift[:, None])
     grads = grad_logits * inverse_rms[None, :]
     # 1 / rms depends on the value too: its derivative is -v / (HIDDEN * rms^3).
     along = tl.sum(grads * products, axis=0) * inverse_rms * inverse_rms / -HIDDEN
-    of_product = (index[None, :] * num_tokens.to(tl.int64) + token) * num_reads + reads[:, None]
-    tl.store(grad_products + of_product, grads, mask=is_read[:, None] & is_source[None, :])
+    if EPS is None:
+        along = along * 0
+    of_product = (index[None, :] * num_tokens.to(tl.int64) + token) * num_rows + reads[:, None]
+    tl.store(grad_products + of_product, grads, mask=is_row[:, None] & is_source[None, :])
 
     for start in range(0, HIDDEN, BLOCK):
         mask = start + columns < HIDDEN
         if BLOCK < HIDDEN:  # from the cache, as are the gradients
             values = load_values(rows, is_source, start + columns, HIDDEN, dtype)
         grad_values = along[:, None] * values
-        for r in range(0, num_reads):
-            query = tl.load(queries + r * HIDDEN + start + columns, mask=mask, other=0.0)
-            grad_row = pick(grad_outputs, r, READS) + token * HIDDEN + start
-            grad = tl.load(grad_row + columns, mask=mask, other=0.0).to(dtype)
+        for r in range(0, num_rows):
+            is_here = in_head(start + columns, r, HIDDEN, HEADS)
+            query = tl.load(queries + r // HEADS * HIDDEN + start + columns, mask=is_here, other=0.0)
+            grad_row = pick(grad_outputs, r // HEADS, GRADS) + token * HIDDEN + start
+            grad = tl.load(grad_row + columns, mask=is_here, other=0.0).to(dtype)
             grad_values += row(weights, r)[:, None] * grad[None, :] + row(grads, r)[:, None] * query[None, :]
         target = grad_rows[:, None] + (start + columns)[None, :]
         tl.store(target, grad_values.to(grad_rows.dtype.element_ty), mask=is_source[:, None] & mask[None, :])
 
 
-@triton.jit(do_not_specialize=["num_sources", "num_reads", "num_tokens"])
+@triton.jit(do_not_specialize=["num_sources", "num_rows", "num_tokens"])
 def grad_queries_kernel(
     sources,
-    grad_products,  # [sources, tokens, reads]
+    grad_products,  # [sources, tokens, rows]
     partial_grads,  # [splits, reads, HIDDEN]
     num_sources,
-    num_reads,
+    num_rows,
     num_tokens,
     HIDDEN: tl.constexpr,
     N: tl.constexpr,
     READS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     """`sum over sources and tokens of grad_product * value`, for one split of the tokens."""
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -236,17 +295,18 @@ def grad_queries_kernel(
             is_token = tokens < num_tokens
             mask = is_token[:, None] & (columns < HIDDEN)[None, :]
             values = tl.load(source + tokens[:, None] * HIDDEN + columns[None, :], mask=mask, other=0.0).to(dtype)
-            grad = grad_products + (i * num_tokens + tokens)[None, :] * num_reads + reads[:, None]
-            grads = tl.load(grad, mask=(reads < num_reads)[:, None] & is_token[None, :], other=0.0)
+            grad = grad_products + (i * num_tokens + tokens)[None, :] * num_rows + reads[:, None]
+            grads = tl.load(grad, mask=(reads < num_rows)[:, None] & is_token[None, :], other=0.0)
             total += tl.dot(grads, values, input_precision="ieee", out_dtype=dtype)
-    target = partial_grads + (split * num_reads + reads)[:, None] * HIDDEN + columns[None, :]
-    tl.store(target, total, mask=(reads < num_reads)[:, None] & (columns < HIDDEN)[None, :])
+    target = partial_grads + ((split * num_rows + reads) // HEADS)[:, None] * HIDDEN + columns[None, :]
+    is_here = in_head(columns[None, :], reads[:, None], HIDDEN, HEADS)
+    tl.store(target, total, mask=(reads < num_rows)[:, None] & (columns < HIDDEN)[None, :] & is_here)
 
 
 @triton.jit(do_not_specialize=["scale"])
 def phase_two_kernel(
     output,  # [tokens, HIDDEN]
-    log_sum_exp,  # [tokens]
+    log_sum_exp,  # [tokens, HEADS]
     partial_sum,  # [tokens, HIDDEN]
     added,  # [tokens, HIDDEN], or None
     query,  # [HIDDEN]
@@ -258,6 +318,7 @@ def phase_two_kernel(
     BLOCK: tl.constexpr,
     EPS: tl.constexpr,
     NORM_EPS: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = query.dtype.element_ty
@@ -271,8 +332,10 @@ def phase_two_kernel(
         tl.store(total + here, value, mask=mask)
     value = value.to(dtype)
     query_row = tl.load(query + columns, mask=mask, other=0.0)
-    inverse_rms = tl.rsqrt(tl.sum(value * value, axis=0) / HIDDEN + EPS)
-    gate = tl.sigmoid(tl.sum(value * query_row, axis=0) * inverse_rms - tl.load(log_sum_exp + token))
+    inverse_rms = key_scale(tl.sum(value * value, axis=0), HIDDEN, EPS)
+    product = sum_of_head(value * query_row, columns, HIDDEN, HEADS)
+    known = tl.load(of_head(log_sum_exp, token, tl.where(mask, columns, 0), HIDDEN, HEADS))
+    gate = tl.sigmoid(product * inverse_rms - known)
     merged = tl.load(output + here, mask=mask, other=0.0)
     merged = (merged + gate * (value - merged)) * scale.to(dtype)
     if norm_weight is not None:
@@ -284,14 +347,14 @@ def phase_two_kernel(
 @triton.jit(do_not_specialize=["scale", "num_tokens"])
 def phase_two_backward_kernel(
     output,  # [tokens, HIDDEN]
-    log_sum_exp,  # [tokens]
+    log_sum_exp,  # [tokens, HEADS]
     total,  # [tokens, HIDDEN], the partial sum that was merged
     query,  # [HIDDEN]
     norm_weight,  # [HIDDEN], or None
     grad_hidden_states,  # [tokens, HIDDEN]
     grad_total,  # [tokens, HIDDEN], or None
     grad_output,  # [tokens, HIDDEN]
-    grad_log_sum_exp,  # [tokens]
+    grad_log_sum_exp,  # [tokens, HEADS]
     grad_partial_sum,  # [tokens, HIDDEN]
     partial_grad_query,  # [programs, HIDDEN]
     partial_grad_norm,  # [programs, HIDDEN]
@@ -301,6 +364,7 @@ def phase_two_backward_kernel(
     BLOCK: tl.constexpr,
     EPS: tl.constexpr,
     NORM_EPS: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     program = tl.program_id(0)
     dtype: tl.constexpr = query.dtype.element_ty
@@ -312,9 +376,10 @@ def phase_two_backward_kernel(
         here = tl.cast(token, tl.int64) * HIDDEN + columns
         value = tl.load(total + here, mask=mask, other=0.0).to(dtype)
         query_row = tl.load(query + columns, mask=mask, other=0.0)  # from the cache: registers are needed for the rest
-        inverse_rms = tl.rsqrt(tl.sum(value * value, axis=0) / HIDDEN + EPS)
-        product = tl.sum(value * query_row, axis=0)
-        gate = tl.sigmoid(product * inverse_rms - tl.load(log_sum_exp + token))
+        inverse_rms = key_scale(tl.sum(value * value, axis=0), HIDDEN, EPS)
+        product = sum_of_head(value * query_row, columns, HIDDEN, HEADS)
+        known = tl.load(of_head(log_sum_exp, token, tl.where(mask, columns, 0), HIDDEN, HEADS))
+        gate = tl.sigmoid(product * inverse_rms - known)
         merged = tl.load(output + here, mask=mask, other=0.0)
         difference = value - merged
         grad = tl.load(grad_hidden_states + here, mask=mask, other=0.0).to(dtype)
@@ -326,15 +391,22 @@ def phase_two_backward_kernel(
             grad = grad * weight * norm
             grad -= merged * (tl.sum(grad * merged, axis=0) * norm * norm / HIDDEN)
         grad = grad * scale.to(dtype)
-        grad_logit = tl.sum(difference * grad, axis=0) * gate * (1 - gate)
+        grad_logit = sum_of_head(difference * grad, columns, HIDDEN, HEADS) * gate * (1 - gate)
         grad_product = grad_logit * inverse_rms
-        along = grad_product * product * inverse_rms * inverse_rms / -HIDDEN  # see phase_one_backward_kernel
+        along = grad_product * product if HEADS == 1 else tl.sum(grad_product * value * query_row, axis=0)
+        along = along * inverse_rms * inverse_rms / -HIDDEN  # see phase_one_backward_kernel
+        if EPS is None:
+            along = along * 0
         grad_value = gate * grad + along * value + grad_product * query_row
         if grad_total is not None:
             grad_value += tl.load(grad_total + here, mask=mask, other=0.0).to(dtype)
         grad_query += grad_product * value
         tl.store(grad_output + here, grad - gate * grad, mask=mask)
-        tl.store(grad_log_sum_exp + token, -grad_logit)
+        if HEADS == 1:
+            tl.store(grad_log_sum_exp + token, -grad_logit)
+        else:
+            is_first = mask & (columns % (HIDDEN // HEADS) == 0)
+            tl.store(of_head(grad_log_sum_exp, token, columns, HIDDEN, HEADS), -grad_logit, mask=is_first)
         tl.store(grad_partial_sum + here, grad_value.to(grad_partial_sum.dtype.element_ty), mask=mask)
     tl.store(partial_grad_query + program * HIDDEN + columns, grad_query, mask=mask)
     if norm_weight is not None:
@@ -413,34 +485,38 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @operator(
-    lambda queries, sources, *_: (
+    lambda queries, sources, eps, num_heads, window: (
         queries.new_empty(len(queries), *sources[0].shape),
-        queries.new_empty(len(queries), len(sources[0])),
+        queries.new_empty(len(queries), len(sources[0]), num_heads),
     )
 )
 def launch_phase_one(
-    queries: torch.Tensor, sources: list[torch.Tensor], eps: float
+    queries: torch.Tensor, sources: list[torch.Tensor], eps: float | None, num_heads: int, window: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`phase_one`] of `[tokens, hidden]` sources: `[reads, tokens, hidden]` and `[reads, tokens]`."""
+    """[`phase_one`] of `[tokens, hidden]` sources: `[reads, tokens, hidden]` and `[reads, tokens, heads]`."""
     (num_tokens, hidden), num_reads = sources[0].shape, queries.shape[0]
     queries = plain(queries)
     output = queries.new_empty(num_reads, num_tokens, hidden)
-    log_sum_exp = queries.new_empty(num_reads, num_tokens)
-    reads = 1 if num_tokens < SPLIT_TOKENS else num_reads
+    log_sum_exp = queries.new_empty(num_reads, num_tokens, num_heads)
+    num_rows = num_reads * num_heads
+    here = 1 if num_tokens < SPLIT_TOKENS else num_rows
     launch(
         phase_one_kernel,
-        (num_tokens, triton.cdiv(num_reads, reads)),
+        (num_tokens, triton.cdiv(num_rows, here)),
         queries,
         pad(sources),
         queries,
         output,
         log_sum_exp,
         len(sources),
-        num_reads,
+        num_rows,
         num_tokens,
+        *window[:2] or (0, 1),
         HIDDEN=hidden,
-        READS=triton.next_power_of_2(reads),
+        READS=triton.next_power_of_2(here),
         EPS=eps,
+        HEADS=num_heads,
+        WINDOW=window[2] if window else None,
         **tiles(len(sources), hidden, elements=8192),
     )
     return output, log_sum_exp
@@ -453,13 +529,15 @@ def launch_phase_one_backward(
     log_sum_exp: torch.Tensor,
     grad_outputs: list[torch.Tensor],
     grad_log_sum_exp: torch.Tensor,
-    eps: float,
+    eps: float | None,
+    num_heads: int,
+    window: list[int],
 ) -> list[torch.Tensor]:
     """Gradients of the queries and of each source."""
     (num_tokens, hidden), num_reads, num_sources = sources[0].shape, queries.shape[0], len(sources)
-    queries = plain(queries)
+    queries, num_rows = plain(queries), num_reads * num_heads
     grad_sources = empty_like(*sources)
-    grad_products = queries.new_empty(num_sources, num_tokens, num_reads)
+    grad_products = queries.new_empty(num_sources, num_tokens, num_rows)
     sizes = tiles(num_sources, hidden, elements=4096)
     launch(
         phase_one_backward_kernel,
@@ -473,11 +551,15 @@ def launch_phase_one_backward(
         plain(grad_log_sum_exp),
         grad_products,
         num_sources,
-        num_reads,
+        num_rows,
         num_tokens,
+        *window[:2] or (0, 1),
         HIDDEN=hidden,
-        READS=triton.next_power_of_2(num_reads),
+        READS=triton.next_power_of_2(num_rows),
+        GRADS=triton.next_power_of_2(num_reads),
         EPS=eps,
+        HEADS=num_heads,
+        WINDOW=window[2] if window else None,
         **sizes,
     )
     splits = min(SPLITS, max(1, triton.cdiv(num_tokens, GRAD_QUERIES_TILES["TOKENS"])))
@@ -490,11 +572,12 @@ def launch_phase_one_backward(
         grad_products,
         partial_grads,
         num_sources,
-        num_reads,
+        num_rows,
         num_tokens,
         HIDDEN=hidden,
         N=sizes["N"],
-        READS=max(16, triton.next_power_of_2(num_reads)),
+        READS=max(16, triton.next_power_of_2(num_rows)),
+        HEADS=num_heads,
         **GRAD_QUERIES_TILES,
     )
     return [partial_grads.sum(0), *grad_sources]
@@ -509,7 +592,7 @@ def launch_phase_two(
     query: torch.Tensor,
     norm_weight: torch.Tensor | None,
     scale: int,
-    eps: float,
+    eps: float | None,
     norm_eps: float,
 ) -> list[torch.Tensor]:
     """Hidden states and, where something is added, the new partial sum; all `[tokens, hidden]`."""
@@ -531,6 +614,7 @@ def launch_phase_two(
         HIDDEN=hidden,
         EPS=eps,
         NORM_EPS=norm_eps,
+        HEADS=log_sum_exp.shape[1],
         **phase_two_tiles(hidden),
     )
     return results
@@ -550,7 +634,7 @@ def launch_phase_two_backward(
     grad_hidden_states: torch.Tensor,
     grad_total: torch.Tensor | None,
     scale: int,
-    eps: float,
+    eps: float | None,
     norm_eps: float,
 ) -> list[torch.Tensor]:
     """Gradients of output, log-sum-exp, partial sum, query and, where there is one, norm weight."""
@@ -577,6 +661,7 @@ def launch_phase_two_backward(
         HIDDEN=hidden,
         EPS=eps,
         NORM_EPS=norm_eps,
+        HEADS=log_sum_exp.shape[1],
         **phase_two_tiles(hidden),
     )
     return [*grads, *(partial.sum(0) for partial in partial_grads)]
@@ -589,14 +674,17 @@ class PhaseOne(torch.autograd.Function):
     """Phase one; keeps the sources and the log-sum-exps, the backward recomputes the rest."""
 
     @staticmethod
-    def forward(ctx: Any, queries: torch.Tensor, eps: float, *sources: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, queries: torch.Tensor, eps: float | None, num_heads: int, window: list[int], *sources: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         values = [rows(source) for source in sources]
-        output, log_sum_exp = launch_phase_one(queries, values, eps)
-        ctx.eps, ctx.shape = eps, sources[0].shape
+        output, log_sum_exp = launch_phase_one(queries, values, eps, num_heads, window)
+        ctx.settings, ctx.shape = (eps, num_heads, window), sources[0].shape
         ctx.save_for_backward(queries, log_sum_exp, *values)
+        heads = (num_heads,) if num_heads > 1 else ()
         return (
             *output.view(len(queries), *ctx.shape).unbind(0),
-            *log_sum_exp.view(len(queries), *ctx.shape[:-1]).unbind(0),
+            *log_sum_exp.view(len(queries), *ctx.shape[:-1], *heads).unbind(0),
         )
 
     @staticmethod
@@ -607,9 +695,9 @@ class PhaseOne(torch.autograd.Function):
         grad_outputs = [rows(grad) for grad in grads[:num_reads]]
         grad_log_sum_exp = torch.stack(grads[num_reads:]).view(log_sum_exp.shape)
         grad_queries, *grad_values = launch_phase_one_backward(
-            queries, values, log_sum_exp, grad_outputs, grad_log_sum_exp, ctx.eps
+            queries, values, log_sum_exp, grad_outputs, grad_log_sum_exp, *ctx.settings
         )
-        return (grad_queries, None, *(grad.view(ctx.shape) for grad in grad_values))
+        return (grad_queries, None, None, None, *(grad.view(ctx.shape) for grad in grad_values))
 
 
 class PhaseTwo(torch.autograd.Function):
@@ -625,16 +713,18 @@ class PhaseTwo(torch.autograd.Function):
         query: torch.Tensor,
         norm_weight: torch.Tensor | None,
         scale: int,
-        eps: float,
+        eps: float | None,
         norm_eps: float,
     ) -> tuple[torch.Tensor, ...]:
-        output, log_sum_exp, value = rows(output), log_sum_exp.reshape(-1), rows(partial_sum)
+        ctx.shapes = (log_sum_exp.shape, partial_sum.shape)
+        output, value = rows(output), rows(partial_sum)
+        log_sum_exp = log_sum_exp.reshape(len(value), -1) if len(value) else log_sum_exp.new_empty(0, 1)
         more = None if added is None else rows(added)
         results = launch_phase_two(output, log_sum_exp, value, more, query, norm_weight, scale, eps, norm_eps)
-        ctx.settings, ctx.shape = (scale, eps, norm_eps), partial_sum.shape
+        ctx.settings = (scale, eps, norm_eps)
         ctx.added_dtype = None if added is None else added.dtype
         ctx.save_for_backward(output, log_sum_exp, value if added is None else results[1], query, norm_weight)
-        return tuple(result.view(ctx.shape) for result in results)
+        return tuple(result.view(ctx.shapes[1]) for result in results)
 
     @staticmethod
     def backward(ctx: Any, grad_hidden_states: torch.Tensor, grad_total: torch.Tensor | None = None) -> tuple[Any, ...]:
@@ -644,10 +734,10 @@ class PhaseTwo(torch.autograd.Function):
         grad_output, grad_log_sum_exp, grad_partial_sum, grad_query, *grad_norm = launch_phase_two_backward(
             *saved, norm_weight, rows(grad_hidden_states), grad_total, *ctx.settings
         )
-        grad_partial_sum = grad_partial_sum.view(ctx.shape)
+        grad_partial_sum = grad_partial_sum.view(ctx.shapes[1])
         return (
-            grad_output.view(ctx.shape),
-            grad_log_sum_exp.view(ctx.shape[:-1]),
+            grad_output.view(ctx.shapes[1]),
+            grad_log_sum_exp.view(ctx.shapes[0]),
             grad_partial_sum,
             None if ctx.added_dtype is None else grad_partial_sum.to(ctx.added_dtype),
             grad_query,
@@ -671,23 +761,33 @@ def check_device(tensor: torch.Tensor) -> None:
         )
 
 
-def phase_one(queries: torch.Tensor, sources: tuple[torch.Tensor, ...], eps: float) -> tuple[torch.Tensor, ...]:
+def phase_one(
+    queries: torch.Tensor,
+    sources: tuple[torch.Tensor, ...],
+    eps: float | None,
+    num_heads: int = 1,
+    window: tuple[int, int, int] | None = None,
+) -> tuple[torch.Tensor, ...]:
     """Phase one (Algorithm 1): every read of a block over the finished sources, with gradients.
 
     Args:
         queries (`torch.Tensor`): folded queries of the block's reads, `[reads, hidden]`, float32 or float64.
         sources (`tuple[torch.Tensor, ...]`): each `[..., hidden]`, of one dtype, on one CUDA device.
-        eps (`float`): epsilon of the RMSNorm on the keys.
+        eps (`float`, *optional*): epsilon of the RMSNorm on the keys; `None` if they have none.
+        num_heads (`int`, defaults to 1): depth heads.
+        window (`tuple[int, int, int]`, *optional*):
+            Index of the first of the reads, block size, and how many of the latest sources a read sees besides the
+            embedding; by default all.
 
     Returns:
         `tuple[torch.Tensor, ...]`: the normalised output of each read, `[..., hidden]`, then the log-sum-exp of each,
-        `[...]`, both in the dtype of `queries`.
+        `[...]`, or `[..., heads]` for several heads, both in the dtype of `queries`.
 
     Raises:
         AttnResError: the sources are not on a CUDA device.
     """
     check_device(sources[0])
-    return PhaseOne.apply(queries, eps, *sources)
+    return PhaseOne.apply(queries, eps, num_heads, list(window or ()), *sources)
 
 
 def phase_two(
@@ -696,7 +796,7 @@ def phase_two(
     partial_sum: torch.Tensor,
     query: torch.Tensor,
     scale: int,
-    eps: float,
+    eps: float | None,
     addend: torch.Tensor | None = None,
     norm: Norm | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -705,11 +805,11 @@ def phase_two(
 
     Args:
         output (`torch.Tensor`): normalised output of phase one, `[..., hidden]`, in the dtype of `query`.
-        log_sum_exp (`torch.Tensor`): `[...]`, in the dtype of `query`.
+        log_sum_exp (`torch.Tensor`): `[...]`, or `[..., heads]` for several heads, in the dtype of `query`.
         partial_sum (`torch.Tensor`): `[..., hidden]`.
         query (`torch.Tensor`): folded query `[hidden]`, float32 or float64.
         scale (`int`): factor of the result.
-        eps (`float`): epsilon of the RMSNorm on the keys.
+        eps (`float`, *optional*): epsilon of the RMSNorm on the keys; `None` if they have none.
         addend (`torch.Tensor`, *optional*): what the partial sum lacks, `[..., hidden]`, taken in its dtype.
         norm (`Norm`, *optional*): the norm; hidden states are not rounded before it.
 

@@ -40,6 +40,7 @@ from .depth_state import (
     DepthState,
     Norm,
     inverse_rms,
+    key_scale,
     needs_grad,
     normed,
     refuse_second_derivatives,
@@ -52,6 +53,11 @@ Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 
 class TwoPhaseDepthAttention:
     """Algorithm 1 in operations of torch, for every device; a [`DepthAttentionImplementation`]."""
+
+    @staticmethod
+    def covers(settings: DepthSettings) -> bool:
+        """Learned queries under softmax over raw sources: with any number of heads, any window, without key norm."""
+        return (settings.query, settings.weighting, settings.values) == ("learned", "softmax", "raw")
 
     @staticmethod
     def fuses(state: DepthState) -> bool:
@@ -67,15 +73,17 @@ class TwoPhaseDepthAttention:
         queries: torch.Tensor, state: DepthState, settings: DepthSettings, norm: Norm | None = None
     ) -> tuple[torch.Tensor, DepthState]:
         """See [`DepthAttentionImplementation.read`]."""
+        if settings.num_heads > 1:
+            queries = queries.unflatten(-1, (settings.num_heads, -1))
         query, eps, dtype = queries[state.depth], settings.key_norm_eps, state.sources[0].dtype
-        is_token = not torch.is_grad_enabled() and is_token_on_cpu(state.sources[0])
+        is_token = not torch.is_grad_enabled() and settings.is_plain() and is_token_on_cpu(state.sources[0])
         state = with_cache(queries, state, settings, is_token)
         if is_token or torch.is_grad_enabled():
             state = state.added()
         sources, partial_sum, addend, depth, cache = state
         scale = settings.scale(len(sources) + (partial_sum is not None))
-        output, log_sum_exp, recent = state.phase_one(settings.block_size)
-        if is_token:
+        output, log_sum_exp, recent = state.phase_one(settings)
+        if is_token and eps is not None:
             return read_of_token(query, scale, eps, output, log_sum_exp, recent, norm).to(dtype), state
         if not recent:
             if norm is None or torch.is_grad_enabled():
@@ -102,7 +110,8 @@ def with_cache(queries: torch.Tensor, state: DepthState, settings: DepthSettings
     That is phase one of the read's group and, except for one token on a CPU, 1 / rms of all finished sources.
 
     Args:
-        queries (`torch.Tensor`): folded queries of all reads, `[reads, hidden]`, float32 or float64.
+        queries (`torch.Tensor`):
+            Folded queries of all reads, `[reads, hidden]` or `[reads, heads, hidden / heads]`, float32 or float64.
         state (`DepthState`): the state in front of the read.
         settings (`DepthSettings`): what the read depends on.
         is_token (`bool`): whether the state is that of one token on a CPU, without gradients.
@@ -115,21 +124,91 @@ def with_cache(queries: torch.Tensor, state: DepthState, settings: DepthSettings
         return state
     if not is_token and num_known < len(sources):
         with torch.no_grad():  # the backward of the phases contains its gradient
-            new = [inverse_rms(source, settings.key_norm_eps).unsqueeze(-1) for source in sources[num_known:]]
+            new = [key_scale(source, settings.key_norm_eps).unsqueeze(-1) for source in sources[num_known:]]
             known = torch.cat(new if known is None else [known, *new], dim=-1)
     if is_served and cache is not None:
         cache = DepthCache(sources, known, cache.first_read, cache.outputs, cache.log_sum_exps)
         return DepthState(sources, partial_sum, addend, depth, cache)
     queries = queries[depth : depth + settings.reads_left(depth, len(queries))]
     results: Sequence[torch.Tensor]
-    if is_token or known is None:
-        results = phase_one_of_token(queries, settings.key_norm_eps, sources)
-    elif needs_grad(queries, *sources):
-        results = PhaseOne.apply(queries, known, *sources)
+    eps = settings.key_norm_eps
+    if eps is not None and (is_token or known is None):
+        results = phase_one_of_token(queries, eps, sources)
     else:
-        results = phase_one_forward(queries, known, sources)
+        assert known is not None
+        is_hidden = None
+        if settings.window is not None:
+            is_hidden = hidden_sources(queries, settings, depth, len(sources))
+        if needs_grad(queries, *sources):
+            results = PhaseOne.apply(queries, known, eps is not None, is_hidden, *sources)
+        else:
+            results = phase_one_forward(queries, known, sources, is_hidden)
     cache = DepthCache(sources, known, depth, tuple(results[: len(queries)]), tuple(results[len(queries) :]))
     return DepthState(sources, partial_sum, addend, depth, cache)
+
+
+def hidden_sources(
+    queries: torch.Tensor, settings: DepthSettings, first_read: int, num_sources: int
+) -> torch.Tensor | None:
+    """Which sources of phase one are outside of the window of each read, `[sources, reads * heads]`; `None` if all are
+    inside."""
+    first = [settings.first_in_window(first_read + index) for index in range(len(queries))]
+    if max(first) == 1:
+        return None
+    index = torch.arange(num_sources, device=queries.device).unsqueeze(-1)
+    is_hidden = (index > 0) & (index < torch.tensor(first, device=queries.device))
+    return is_hidden.repeat_interleave(settings.num_heads, dim=1)
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+#
+# A read with H heads is H reads, each of a slice of the hidden dimension. So these products have a column for each head
+# of each read. Queries of one head are `[reads, hidden]`; of several, `[reads, heads, hidden / heads]`.
+
+
+def product_with(values: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Dot products of `values`, `[tokens, hidden]`, with the query of one read: `[tokens]` or `[tokens, heads]`."""
+    if query.dim() == 1:
+        return values @ query
+    return (values.unflatten(-1, query.shape) * query).sum(-1)
+
+
+def product_by_head(values: torch.Tensor, others: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Dot products of rows, both `[tokens, hidden]`: `[tokens]` or `[tokens, heads]`."""
+    products = values * others
+    return products.sum(-1) if num_heads == 1 else products.unflatten(-1, (num_heads, -1)).sum(-1)
+
+
+def products_with(values: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """Dot products of `values`, `[tokens, sources, hidden]`, with queries: `[tokens, sources, reads * heads]`."""
+    if queries.dim() == 2:
+        return values @ queries.T
+    return torch.einsum("tnhd,rhd->tnrh", values.unflatten(-1, queries.shape[1:]), queries).flatten(-2)
+
+
+def products_of(values: torch.Tensor, grads: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Dot products of `values`, `[tokens, sources, hidden]`, with `grads`, `[tokens, reads, hidden]`:
+    `[tokens, sources, reads * heads]`."""
+    if num_heads == 1:
+        return values @ grads.transpose(1, 2)
+    heads = (num_heads, -1)
+    return torch.einsum("tnhd,trhd->tnrh", values.unflatten(-1, heads), grads.unflatten(-1, heads)).flatten(-2)
+
+
+def weighted_sums(weights: torch.Tensor, values: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Sums of `values`, `[tokens, sources, hidden]`, under `weights`, `[tokens, sources, reads * heads]`: `[tokens,
+    reads, hidden]`."""
+    if num_heads == 1:
+        return weights.transpose(1, 2) @ values
+    heads = (num_heads, -1)
+    by_head = (weights.unflatten(-1, (-1, num_heads)), values.unflatten(-1, heads))
+    return torch.einsum("tnrh,tnhd->trhd", *by_head).flatten(-2)
+
+
+def spread(columns: torch.Tensor, num_heads: int, hidden: int) -> torch.Tensor:
+    """A number of each head, `[..., heads]`, for its columns: `[..., hidden]`. Of one head, `[...]` as `[..., 1]`."""
+    columns = columns.unsqueeze(-1)
+    return columns if num_heads == 1 else columns.expand(*columns.shape[:-1], hidden // num_heads).flatten(-2)
 
 
 # -- chunks of tokens --------------------------------------------------------------------------------------------------
@@ -171,51 +250,63 @@ def stacked(tensors: Tensors, chunk: slice, buffer: torch.Tensor | None) -> torc
 
 
 def phase_one_logits(
-    queries: torch.Tensor, inverse_rms: torch.Tensor, values: torch.Tensor
+    queries: torch.Tensor, inverse_rms: torch.Tensor, values: torch.Tensor, is_hidden: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dot products `w . v` and logits `w . v / rms(v)`, both `[tokens, sources, reads]`, of `values`
-    `[tokens, sources, hidden]` and `inverse_rms` `[tokens, sources]`."""
-    products = values @ queries.T
-    return products, products * inverse_rms.unsqueeze(-1)
+    """Dot products `w . v` and logits `w . v / rms(v)`, both `[tokens, sources, reads * heads]`, of `values`
+    `[tokens, sources, hidden]` and `inverse_rms` `[tokens, sources]`. Logits outside of the window are `-inf`."""
+    products = products_with(values, queries)
+    logits = products * inverse_rms.unsqueeze(-1)
+    return products, logits if is_hidden is None else logits.masked_fill_(is_hidden, -torch.inf)
 
 
 def phase_one_forward(
-    queries: torch.Tensor, inverse_rms: torch.Tensor, sources: tuple[torch.Tensor, ...]
+    queries: torch.Tensor,
+    inverse_rms: torch.Tensor,
+    sources: tuple[torch.Tensor, ...],
+    is_hidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Phase one: every read of a group over the sources that were finished before it.
 
     Args:
-        queries (`torch.Tensor`): folded queries `[reads, hidden]`, float32 or float64.
+        queries (`torch.Tensor`):
+            Folded queries `[reads, hidden]` or `[reads, heads, hidden / heads]`, float32 or float64.
         inverse_rms (`torch.Tensor`): `[batch, sequence, sources]`, in the dtype of the queries.
         sources (`tuple[torch.Tensor, ...]`): each `[batch, sequence, hidden]`.
+        is_hidden (`torch.Tensor`, *optional*): what [`hidden_sources`] returns, `[sources, reads * heads]`.
 
     Returns:
         `tuple[torch.Tensor, ...]`: the normalised output of each read, `[batch, sequence, hidden]`, then the
-        log-sum-exp of each, `[batch, sequence]`, both in the dtype of the queries. Outputs that were rounded to
-        bfloat16 here would put a retrofitted model further from float32 than the original.
+        log-sum-exp of each, `[batch, sequence]` or `[batch, sequence, heads]`, both in the dtype of the queries.
+        Outputs that were rounded to bfloat16 here would put a retrofitted model further from float32 than the original.
     """
     if torch.compiler.is_compiling() and len(sources) <= COMPILED_SOURCES and has_many_tokens(inverse_rms):
-        return phase_one_to_compile(queries, inverse_rms, sources)
-    (*shape, hidden), reads = sources[0].shape, len(queries)
+        return phase_one_to_compile(queries, inverse_rms, sources, is_hidden)
+    (*shape, hidden), (reads, *heads) = sources[0].shape, queries.shape[:-1]
+    num_heads = heads[0] if heads else 1
     inverse_rms = inverse_rms.flatten(0, -2)
     num_tokens, num_sources = inverse_rms.shape
     slices = chunks(num_tokens, num_sources * hidden)
     if len(slices) > 1:
-        outputs, log_sum_exps = queries.new_empty(num_tokens, reads, hidden), queries.new_empty(num_tokens, reads)
+        outputs = queries.new_empty(num_tokens, reads, hidden)
+        log_sum_exps = queries.new_empty(num_tokens, reads * num_heads)
     buffer = stack_buffer(sources, slices)
     for chunk in slices:
         values = stacked(sources, chunk, buffer)
-        _, logits = phase_one_logits(queries, inverse_rms[chunk], values)
+        _, logits = phase_one_logits(queries, inverse_rms[chunk], values, is_hidden)
         # Maximum and log-softmax are faster than logsumexp, which is many small operations.
         log_weights = logits.log_softmax(1)
         log_sum_exp = logits.amax(1) - log_weights.amax(1)
-        weights = log_weights.exp_().transpose(1, 2)
+        weights = log_weights.exp_()
         if len(slices) == 1:
-            outputs, log_sum_exps = weights @ values, log_sum_exp
+            outputs, log_sum_exps = weighted_sums(weights, values, num_heads), log_sum_exp
         else:
-            torch.bmm(weights, values, out=outputs[chunk])
+            if num_heads == 1:
+                torch.bmm(weights.transpose(1, 2), values, out=outputs[chunk])
+            else:
+                outputs[chunk] = weighted_sums(weights, values, num_heads)
             log_sum_exps[chunk] = log_sum_exp
-    return (*outputs.view(*shape, reads, hidden).unbind(-2), *log_sum_exps.view(*shape, reads).unbind(-1))
+    log_sum_exps = log_sum_exps.view(*shape, reads, *heads)
+    return (*outputs.view(*shape, reads, hidden).unbind(-2), *log_sum_exps.unbind(len(shape)))
 
 
 COMPILED_SOURCES = 16  # with more, it takes minutes to compile `phase_one_to_compile`
@@ -228,21 +319,28 @@ def has_many_tokens(inverse_rms: torch.Tensor) -> bool:
 
 
 def phase_one_to_compile(
-    queries: torch.Tensor, inverse_rms: torch.Tensor, sources: tuple[torch.Tensor, ...]
+    queries: torch.Tensor,
+    inverse_rms: torch.Tensor,
+    sources: tuple[torch.Tensor, ...],
+    is_hidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """[`phase_one_forward`] as sums over sources that stay where they are in memory. A compiler fuses these sums; if
     they are not compiled, each term goes through memory."""
-    values = [upcast(source) for source in sources]
+    heads = queries.shape[1:-1]  # () for one head: then no tensor has a dimension of heads
+    values = [upcast(source).unflatten(-1, (*heads, -1)) if heads else upcast(source) for source in sources]
     # A matrix product would need its up-cast operands in memory, so these are sums of products.
-    products = [(value.unsqueeze(-2) * queries).sum(-1) for value in values]
-    logits = torch.stack(products, dim=-1) * inverse_rms.unsqueeze(-2)  # [batch, sequence, reads, sources]
+    products = [(value.unsqueeze(2) * queries).sum(-1) for value in values]
+    scales = inverse_rms.view(*inverse_rms.shape[:2], 1, *(1 for _ in heads), -1)
+    logits = torch.stack(products, dim=-1) * scales  # [batch, sequence, reads(, heads), sources]
+    if is_hidden is not None:
+        logits = logits.masked_fill(is_hidden.T.view(len(queries), *heads, -1), -torch.inf)
     log_sum_exps = logits.logsumexp(-1)
     weights = (logits - log_sum_exps.unsqueeze(-1)).exp()
     outputs = []
-    for weights_of_read in weights.unbind(-2):
+    for weights_of_read in weights.unbind(2):
         terms = [weight.unsqueeze(-1) * value for weight, value in zip(weights_of_read.unbind(-1), values)]
-        outputs.append(reduce(torch.add, terms))
-    return (*outputs, *log_sum_exps.unbind(-1))
+        outputs.append(reduce(torch.add, terms).flatten(2))
+    return (*outputs, *log_sum_exps.unbind(2))
 
 
 class PhaseOne(torch.autograd.Function):
@@ -250,20 +348,29 @@ class PhaseOne(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: torch.Tensor, inverse_rms: torch.Tensor, *sources: torch.Tensor
+        ctx: Any,
+        queries: torch.Tensor,
+        inverse_rms: torch.Tensor,
+        has_key_norm: bool,
+        is_hidden: torch.Tensor | None,
+        *sources: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        results = phase_one_forward(queries, inverse_rms, sources)
-        ctx.save_for_backward(queries, inverse_rms, *results[len(queries) :], *sources)
+        results = phase_one_forward(queries, inverse_rms, sources, is_hidden)
+        ctx.save_for_backward(queries, inverse_rms, is_hidden, *results[len(queries) :], *sources)
+        ctx.has_key_norm = has_key_norm
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads_of_results: torch.Tensor) -> tuple[Any, ...]:
         refuse_second_derivatives()
-        queries, inverse_rms, *others = ctx.saved_tensors
-        reads, hidden = queries.shape
+        queries, inverse_rms, is_hidden, *others = ctx.saved_tensors
+        reads, num_heads = len(queries), 1 if queries.dim() == 2 else queries.shape[1]
         sources, grad_outputs = others[reads:], grads_of_results[:reads]
-        log_sum_exps = torch.stack(others[:reads], dim=-1).flatten(0, -2)
-        grad_log_sum_exps = torch.stack(grads_of_results[reads:], dim=-1).flatten(0, -2)
+        hidden = sources[0].shape[-1]
+        log_sum_exps, grad_log_sum_exps = (
+            torch.stack(tensors, dim=2).flatten(0, 1).flatten(1)
+            for tensors in (others[:reads], grads_of_results[reads:])
+        )
         inverse_rms = inverse_rms.flatten(0, -2)
         num_tokens, num_sources = inverse_rms.shape
         grad_queries = torch.zeros_like(queries)
@@ -273,20 +380,30 @@ class PhaseOne(torch.autograd.Function):
         for chunk in slices:
             values, grads = stacked(sources, chunk, buffer), stacked(grad_outputs, chunk, grad_buffer)
             scale = inverse_rms[chunk]
-            products, logits = phase_one_logits(queries, scale, values)
-            weights = (logits - log_sum_exps[chunk].unsqueeze(1)).exp_()  # [tokens, sources, reads]
-            grad_weights = values @ grads.transpose(1, 2)
+            products, logits = phase_one_logits(queries, scale, values, is_hidden)
+            weights = (logits - log_sum_exps[chunk].unsqueeze(1)).exp_()  # [tokens, sources, reads * heads]
+            grad_weights = products_of(values, grads, num_heads)
             mean = (weights * grad_weights).sum(1, keepdim=True)
             grad_logits = weights * (grad_weights - mean + grad_log_sum_exps[chunk].unsqueeze(1))
-            grad_products = (grad_logits * scale.unsqueeze(-1)).flatten(0, 1)
+            grad_products = grad_logits * scale.unsqueeze(-1)
             # 1 / rms depends on the value too: its derivative is -v / (hidden * rms^3).
-            along = (grad_logits * products).sum(-1) * scale**3 / -hidden
-            grad_values = torch.baddbmm(along.unsqueeze(-1) * values, weights, grads)
-            grad_values.flatten(0, 1).addmm_(grad_products, queries)
-            grad_queries.addmm_(grad_products.T, values.flatten(0, 1))
+            along = (
+                (grad_logits * products).sum(-1) * scale**3 / -hidden if ctx.has_key_norm else torch.zeros_like(scale)
+            )
+            grad_values = along.unsqueeze(-1) * values
+            if num_heads == 1:
+                grad_values.baddbmm_(weights, grads)
+                grad_values.flatten(0, 1).addmm_(grad_products.flatten(0, 1), queries)
+                grad_queries.addmm_(grad_products.flatten(0, 1).T, values.flatten(0, 1))
+            else:
+                weights, grad_products = (t.unflatten(-1, (-1, num_heads)) for t in (weights, grad_products))
+                values, grads = (t.unflatten(-1, (num_heads, -1)) for t in (values, grads))
+                grad_values += torch.einsum("tnrh,trhd->tnhd", weights, grads).flatten(-2)
+                grad_values += torch.einsum("tnrh,rhd->tnhd", grad_products, queries).flatten(-2)
+                grad_queries += torch.einsum("tnrh,tnhd->rhd", grad_products, values)
             for grad_row, grad_value in zip(grad_rows, grad_values.unbind(1)):
                 grad_row[chunk] = grad_value
-        return (grad_queries, None, *(grad.view(sources[0].shape) for grad in grad_rows))
+        return (grad_queries, None, None, None, *(grad.view(sources[0].shape) for grad in grad_rows))
 
 
 # -- phase two ---------------------------------------------------------------------------------------------------------
@@ -298,7 +415,7 @@ MERGED_TENSORS = 4
 def phase_two_forward(
     query: torch.Tensor,
     scale: int,
-    eps: float,
+    eps: float | None,
     output: torch.Tensor,
     log_sum_exp: torch.Tensor,
     known: Sequence[torch.Tensor],
@@ -309,14 +426,14 @@ def phase_two_forward(
     """Phase two: merges the output of phase one with the recent sources, one by one, by online softmax.
 
     Args:
-        query (`torch.Tensor`): folded query `[hidden]`, float32 or float64.
+        query (`torch.Tensor`): folded query `[hidden]` or `[heads, hidden / heads]`, float32 or float64.
         scale (`int`): factor of the result.
-        eps (`float`): epsilon of the RMSNorm on the keys.
+        eps (`float`, *optional*): epsilon of the RMSNorm on the keys; `None` if they have none.
         output (`torch.Tensor`): normalised output of phase one, `[batch, sequence, hidden]`, in the query's dtype.
-        log_sum_exp (`torch.Tensor`): `[batch, sequence]`, in the query's dtype.
+        log_sum_exp (`torch.Tensor`): `[batch, sequence]` or `[batch, sequence, heads]`, in the query's dtype.
         known (`Sequence[torch.Tensor]`):
-            1 / rms of the first of `recent`, each `[batch, sequence]`, in the query's dtype; that of the others is
-            computed.
+            1 / rms (1 without key norm) of the first of `recent`, each `[batch, sequence]`, in the query's dtype; that
+            of the others is computed.
         recent (`Sequence[torch.Tensor]`): the recent sources, at least one, each `[batch, sequence, hidden]`.
         addend (`torch.Tensor`, *optional*): is first added to the last of `recent`, `[batch, sequence, hidden]`.
         norm (`Norm`, *optional*): is applied to the result, which is not rounded before.
@@ -326,7 +443,7 @@ def phase_two_forward(
         `[batch, sequence, hidden]` in the dtype of the sources.
     """
     *finished, last = recent
-    slices = chunks(log_sum_exp.numel(), MERGED_TENSORS * query.shape[0])
+    slices = chunks(last.shape[0] * last.shape[1], MERGED_TENSORS * last.shape[-1])
     if len(slices) == 1:
         total = last if addend is None else last + addend
         return phase_two_merge(query, scale, eps, output, log_sum_exp, known, (*finished, total), norm), total
@@ -346,7 +463,7 @@ def phase_two_forward(
 def phase_two_merge(
     query: torch.Tensor,
     scale: int,
-    eps: float,
+    eps: float | None,
     output: torch.Tensor,
     log_sum_exp: torch.Tensor,
     known: Sequence[torch.Tensor],
@@ -359,11 +476,15 @@ def phase_two_merge(
     It writes into `result` if there is one, and returns it.
     """
     in_place = result if result is not None and result.dtype == output.dtype else None
+    num_heads, hidden = 1 if query.dim() == 1 else len(query), output.shape[-1]
     for index, value in enumerate(recent):
         value = upcast(value)
-        product, scale_of_key = value @ query, known[index] if index < len(known) else inverse_rms(value, eps)
+        product = product_with(value, query)
+        scale_of_key = known[index] if index < len(known) else key_scale(value, eps)
+        if num_heads > 1:
+            scale_of_key = scale_of_key.unsqueeze(-1)
         share = torch.addcmul(log_sum_exp, product, scale_of_key, value=-1).sigmoid_()  # of what came before
-        output = torch.lerp(value, output, share.unsqueeze(-1), out=in_place)
+        output = torch.lerp(value, output, spread(share, num_heads, hidden), out=in_place)
         if index + 1 < len(recent):
             log_sum_exp = torch.logaddexp(log_sum_exp, product * scale_of_key)
     if norm is not None:  # see `scaled_and_normed`
@@ -383,7 +504,7 @@ class PhaseTwo(torch.autograd.Function):
         ctx: Any,
         query: torch.Tensor,
         scale: int,
-        eps: float,
+        eps: float | None,
         output: torch.Tensor,
         log_sum_exp: torch.Tensor,
         num_known: int,
@@ -398,7 +519,7 @@ class PhaseTwo(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         refuse_second_derivatives()
         query, *saved = ctx.saved_tensors
-        hidden, num_known = query.shape[0], ctx.num_known
+        hidden, num_known, num_heads = grad.shape[-1], ctx.num_known, 1 if query.dim() == 1 else len(query)
         results = [
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*saved[:2], *saved[2 + num_known :])
         ]
@@ -409,18 +530,30 @@ class PhaseTwo(torch.autograd.Function):
             grads, output, log_sum_exp, *others = (row[chunk] for row in rows)
             known, recent = others[:num_known], [upcast(value) for value in others[num_known:]]
             grads = upcast(grads) if ctx.scale == 1 else upcast(grads) * ctx.scale
-            products = torch.stack([value @ query for value in recent])
-            scales = torch.stack([*known, *(inverse_rms(value, ctx.eps) for value in recent[num_known:])])
-            weights = torch.cat([log_sum_exp.unsqueeze(0), products * scales]).softmax(0)  # [1 + recent, tokens]
-            grad_weights = torch.stack([(grads * value).sum(-1) for value in (output, *recent)])
+            products = torch.stack([product_with(value, query) for value in recent])  # [recent, tokens(, heads)]
+            scales = torch.stack([*known, *(key_scale(value, ctx.eps) for value in recent[num_known:])])
+            if num_heads > 1:
+                scales = scales.unsqueeze(-1)
+            weights = torch.cat([log_sum_exp.unsqueeze(0), products * scales]).softmax(
+                0
+            )  # [1 + recent, tokens(, heads)]
+            grad_weights = torch.stack([product_by_head(grads, value, num_heads) for value in (output, *recent)])
             grad_logits = weights * (grad_weights - (weights * grad_weights).sum(0))
             grad_log_sum_exp[chunk], grad_products = grad_logits[0], grad_logits[1:] * scales
-            along = grad_products * products * scales**2 / -hidden  # see PhaseOne.backward
-            torch.mul(grads, weights[0].unsqueeze(-1), out=grad_output[chunk])
+            along = torch.zeros_like(products) if ctx.eps is None else grad_products * products * scales**2 / -hidden
+            if num_heads > 1:
+                along = along.sum(-1)
+            torch.mul(grads, spread(weights[0], num_heads, hidden), out=grad_output[chunk])
             for index, value in enumerate(recent):
-                grad_value = torch.addcmul(along[index].unsqueeze(-1) * value, weights[index + 1].unsqueeze(-1), grads)
-                grad_recent[index][chunk] = grad_value.addr_(grad_products[index], query)
-                grad_query.addmv_(value.T, grad_products[index])
+                weight = spread(weights[index + 1], num_heads, hidden)
+                grad_value = torch.addcmul(along[index].unsqueeze(-1) * value, weight, grads)
+                if num_heads == 1:
+                    grad_recent[index][chunk] = grad_value.addr_(grad_products[index], query)
+                    grad_query.addmv_(value.T, grad_products[index])
+                else:
+                    of_heads = grad_products[index].unsqueeze(-1)  # [tokens, heads, 1]
+                    grad_recent[index][chunk] = grad_value.add_((of_heads * query).flatten(-2))
+                    grad_query += (of_heads * value.unflatten(-1, query.shape)).sum(0)
         return (grad_query, None, None, *results[:2], None, *[None] * num_known, *results[2:])
 
 

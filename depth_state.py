@@ -49,14 +49,16 @@ class DepthCache:
             The finished sources that the cache was computed from, each `[batch, sequence, hidden]`. The cache is valid
             for a state whose first sources are these very objects.
         inverse_rms (`torch.Tensor`, *optional*):
-            1 / rms of the first m of `sources`, `[batch, sequence, m]`, in the dtype of the queries.
+            1 / rms of the first m of `sources` (1 if keys have no norm), `[batch, sequence, m]`, in the dtype of the
+            queries.
         first_read (`int`): index of the first read that `outputs` serves.
         outputs (`tuple[torch.Tensor, ...]`):
             Phase one (Algorithm 1) of the open group of reads ([`DepthSettings`]): for each read the normalised output
             over the sources that were finished before read `first_read`, `[batch, sequence, hidden]`, in the dtype of
             the queries. Empty between groups.
         log_sum_exps (`tuple[torch.Tensor, ...]`):
-            For each of `outputs` the log-sum-exp of its logits, `[batch, sequence]`, in the dtype of the queries.
+            For each of `outputs` the log-sum-exp of its logits, `[batch, sequence]`, or `[batch, sequence, heads]` for
+            several heads, in the dtype of the queries.
     """
 
     __slots__ = ("first_read", "inverse_rms", "log_sum_exps", "outputs", "sources")
@@ -224,22 +226,25 @@ class DepthState(NamedTuple):
         """Whether the cache holds phase one of the next read."""
         return self.cache is not None and self.cache.serves(self.depth)
 
-    def phase_one(self, block_size: int) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    def phase_one(self, settings: DepthSettings) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
         """What phase two of the next read merges; the cache has to hold its phase one.
 
         Args:
-            block_size (`int`): sublayers per block, the paper's S.
+            settings (`DepthSettings`): what the read depends on.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]`: the read's output of phase one,
-            `[batch, sequence, hidden]`, and log-sum-exp, `[batch, sequence]`, both in the dtype of the queries; then
-            the *recent* sources, which phase one has not seen, each `[batch, sequence, hidden]`: those that were
-            finished since, and the partial sum without its addend.
+            `[batch, sequence, hidden]`, and log-sum-exp, `[batch, sequence]` or `[batch, sequence, heads]`, both in the
+            dtype of the queries; then the *recent* sources, which phase one has not seen and the read looks at, each
+            `[batch, sequence, hidden]`: those that were finished since, and the partial sum without its addend.
         """
         sources, partial_sum, _, depth, cache = self
         assert cache is not None
         index = depth - cache.first_read
-        recent = sources[1 + cache.first_read // block_size :]
+        first_recent = 1 + cache.first_read // settings.block_size
+        if settings.window is not None:
+            first_recent = max(first_recent, settings.first_in_window(depth))
+        recent = sources[first_recent:]
         if partial_sum is not None:
             recent = (*recent, partial_sum)
         return cache.outputs[index], cache.log_sum_exps[index], recent
@@ -263,6 +268,10 @@ class Norm(NamedTuple):
 class DepthAttentionImplementation(Protocol):
     """A way to compute reads. All implementations give the same results."""
 
+    def covers(self, settings: DepthSettings) -> bool:
+        """Whether it computes this variant of a read. The reference computes all, and the others leave to it what they
+        do not cover."""
+
     def fuses(self, state: DepthState) -> bool:
         """Whether a read of this state takes an RMSNorm that follows it into its own pass over memory."""
 
@@ -272,7 +281,8 @@ class DepthAttentionImplementation(Protocol):
         """The read with index `state.depth`.
 
         Args:
-            queries (`torch.Tensor`): folded queries of all reads, `[reads, hidden]`, float32 or float64.
+            queries (`torch.Tensor`): what the reads have learned, float32 or float64, by read in the first dimension.
+                Folded queries `[reads, hidden]`, or what [`DepthAttention`] returns for another kind of query.
             state (`DepthState`): the state in front of the read.
             settings (`DepthSettings`): what the read depends on.
             norm (`Norm`, *optional*): the RMSNorm that the read shall apply to its result.
@@ -288,19 +298,44 @@ class DepthSettings(NamedTuple):
 
     Attributes:
         block_size (`int`): sublayers per block, the paper's S.
-        mix (`str`): `"mean"` (Eq. 1), or `"sum"` to multiply a read by the number of its sources.
-        key_norm_eps (`float`): epsilon of the RMSNorm on the keys.
+        mix (`str`):
+            `"mean"` (Eq. 1), `"sum"` to multiply a read by the number of its sources, or `"gated"` to add it, times a
+            gate, to the sum of all sources.
+        key_norm_eps (`float`, *optional*): epsilon of the RMSNorm on the keys; `None` if keys are the raw sources.
         implementation (`DepthAttentionImplementation`): how reads are computed.
         group_size (`int`):
             Reads per *group*, the scheduling block of Appendix B: phase one serves all reads of a group at once, from
             the sources that were finished before it. The size changes the cost, not the result.
+        num_heads (`int`, defaults to 1): H, the depth heads. Each weighs its own slice of the hidden dimension.
+        query (`str`, defaults to `"learned"`): `"learned"`, `"input"` or `"static"`, see [`AttnResConfig`].
+        weighting (`str`, defaults to `"softmax"`): `"softmax"` or `"sigmoid"` of the logits.
+        window (`int`, *optional*): number of the latest sources that a read sees besides the embedding; all if `None`.
+        values (`str`, defaults to `"raw"`): what is summed, `"raw"` sources or `"normalized"` ones.
     """
 
     block_size: int
     mix: str
-    key_norm_eps: float
+    key_norm_eps: float | None
     implementation: DepthAttentionImplementation
     group_size: int
+    num_heads: int = 1
+    query: str = "learned"
+    weighting: str = "softmax"
+    window: int | None = None
+    values: str = "raw"
+
+    def is_plain(self) -> bool:
+        """Whether a read is the paper's: one softmax head over all raw sources, with a norm on keys."""
+        return self[5:] == (1, "learned", "softmax", None, "raw") and self.key_norm_eps is not None
+
+    def first_in_window(self, read: int) -> int:
+        """Index of the first source, after the embedding, that the read with this index looks at."""
+        num_sources = 1 - (-read // self.block_size)
+        return 1 if self.window is None else max(1, num_sources - self.window)
+
+    def seen(self, read: int) -> list[int]:
+        """Indices of the sources that the read with this index looks at, the partial sum's included."""
+        return [0, *range(self.first_in_window(read), 1 - (-read // self.block_size))]
 
     def scale(self, num_sources: int) -> int:
         """The factor of a read that sees this number of sources, the partial sum included."""
@@ -320,6 +355,13 @@ def upcast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 FEW_ELEMENTS = 2**15
+
+
+def key_scale(value: torch.Tensor, eps: float | None) -> torch.Tensor:
+    """What a dot product `w . v` is multiplied with to be a logit: `[...]`, 1 / rms, or 1 if keys have no norm."""
+    if eps is None:
+        return upcast(value.new_ones(())).expand(value.shape[:-1])
+    return inverse_rms(value, eps)
 
 
 def inverse_rms(value: torch.Tensor, eps: float, keepdim: bool = False) -> torch.Tensor:

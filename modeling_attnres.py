@@ -131,8 +131,8 @@ class AttnResPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, DepthAttention):
-            init.zeros_(module.query)
-            init.ones_(module.key_norm)
+            for name, parameter in module.named_parameters():
+                (init.ones_ if name == "key_norm" else init.zeros_)(parameter)
         else:
             super()._init_weights(module)
 
@@ -160,7 +160,7 @@ class AttnResModel(AttnResPreTrainedModel):
     def post_init(self) -> None:
         if not hasattr(self, "depth_attention"):
             rewire(self, self.config)
-            self.depth_attention = DepthAttention(self.config.num_reads, self.config.hidden_size)
+            self.depth_attention = DepthAttention.from_config(self.config)
             self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "depth_attention"}
         super().post_init()
 
@@ -176,8 +176,9 @@ class AttnResModel(AttnResPreTrainedModel):
 
         Args:
             output_depth_attentions (`bool`, *optional*):
-                Return `depth_attentions`: for each of the R reads the weights `[batch, sequence, sources]`, float32,
-                the open block's partial sum last.
+                Return `depth_attentions`: for each of the R reads the weights `[batch, sequence, sources]` (or
+                `[batch, sequence, heads, sources]` for several depth heads), float32, the open block's partial sum
+                last. With a window these are the embedding and the sources in it.
 
         Returns:
             `ModelOutput`: the backbone's own output class, with `depth_attentions` if asked for. Entry i of
@@ -231,8 +232,9 @@ class _AttnResHead(AttnResPreTrainedModel):
 
         Args:
             output_depth_attentions (`bool`, *optional*):
-                Return `depth_attentions`: for each of the R reads the weights `[batch, sequence, sources]`, float32,
-                the open block's partial sum last.
+                Return `depth_attentions`: for each of the R reads the weights `[batch, sequence, sources]` (or
+                `[batch, sequence, heads, sources]` for several depth heads), float32, the open block's partial sum
+                last. With a window these are the embedding and the sources in it.
 
         Returns:
             `ModelOutput`: the backbone's own output class, with `depth_attentions` if asked for.

@@ -87,8 +87,13 @@ class ResidualStream:
         """The read, and the norm behind it if there is one, at once."""
         state, settings, recorder = self.settle(), self.settings, self.recorder
         if recorder is not None and recorder.depth_attentions is not None:
-            added = state.added()
-            weights = depth_weights(self.queries[state.depth], added.sources, added.partial_sum, settings.key_norm_eps)
+            query = self.queries[state.depth]
+            if settings.mix == "gated":
+                query = query[:-1]
+            visible, indices = state.visible(), settings.seen(state.depth)
+            weights = depth_weights(query, [visible[index] for index in indices], indices, settings)
+            if settings.num_heads == 1:
+                weights = weights.squeeze(-2)
             recorder.depth_attentions[state.depth] = weights  # a recomputed layer records the same again
         hidden_states, self.state = read(self.queries, state, settings, norm)
         return hidden_states

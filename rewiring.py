@@ -112,14 +112,18 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         depth_recorder: DepthRecorder | None = None,
         **kwargs: Any,
     ) -> Any:
-        settings, is_checkpointed = self.depth_settings, self.gradient_checkpointing and self.training
+        settings = self.depth_settings
+        is_recomputed = self.gradient_checkpointing and self.training
+        stands_alone = is_recomputed or is_sharded(type(self))  # type: ignore[arg-type]
         if isinstance(hidden_states, torch.Tensor):
             state = DepthState((hidden_states,))
         else:
             state = DepthState.unflatten(tuple(hidden_states))
         self.check_position(state.depth, len(depth_query) - 1)
-        if is_checkpointed:
+        if stands_alone:
             # The backward keeps what crosses the boundary of a layer, and phase one is large. So layers are groups.
+            # FSDP2 hands a layer copies of the sources, except when the layer is recomputed. A cache would be valid
+            # only then, and the recomputation would do other things than the forward did.
             settings = settings._replace(group_size=self.next_sublayer - self.first_sublayer)
             state = state._replace(cache=None)
         if depth_query.dtype.itemsize < 4:
@@ -147,7 +151,7 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         if state.depth == len(depth_query) - 1:
             result = leaving.read()
         else:
-            result = (state.added()._replace(cache=None) if is_checkpointed else state).flatten()
+            result = (state.added()._replace(cache=None) if stands_alone else state).flatten()
         return (result, *outputs[1:]) if isinstance(outputs, tuple) else result
 
     def check_position(self, depth: int, num_sublayers: int) -> None:
@@ -173,6 +177,13 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _new_module, (AttnResDecoderLayer, type(self).__bases__[1]), self.__dict__
+
+
+@cache
+def is_sharded(layer_class: Any) -> bool:
+    """Whether `fully_shard` (FSDP2) has made the class of a layer. It is known by name, because torch may have been
+    built without its distributed part."""
+    return any(base.__name__ == "FSDPModule" for base in layer_class.__mro__)
 
 
 def read_streams_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -233,10 +233,10 @@ def entropy(frame: pd.DataFrame, layout: Layout, head: int = 0, name: str = "") 
 
 
 def parameters(frame: pd.DataFrame, layout: Layout, name: str = "") -> alt.VConcatChart:
-    """How far training moved the queries from zero and the key norms from one."""
-    query = _by_read(frame, layout, "query_norm", "norm of the query", "~g")
-    key = _by_read(frame, layout, "key_norm_deviation", "key norm: rms distance from 1", "~g")
-    return alt.vconcat(query, key, spacing=16).properties(title=_title("How far training moved each read", name))
+    """How far training moved the queries from zero and, where there are any, key norms from one and gates from zero."""
+    titles = {"query_norm": "norm of the query", "key_norm_deviation": "key norm: rms distance from 1", "gate": "gate"}
+    charts = [_by_read(frame, layout, field, title, "~g") for field, title in titles.items() if field in frame]
+    return alt.vconcat(*charts, spacing=16).properties(title=_title("How far training moved each read", name))
 
 
 def mixing_matrix(frame: pd.DataFrame, layout: Layout, head: int = 0, name: str = "") -> alt.HConcatChart:

@@ -192,7 +192,7 @@ def _inspect(model: PreTrainedModel, tokenizer: Any, name: str, settings: _Setti
             maps = replace(maps, token_ids=prompted.token_ids, token_weights=prompted.token_weights)
         tokens = tuple(str(tokenizer.decode([token])) for token in maps.token_ids)
         depth: Any = depth_module(model)
-        parameters = tables.parameters(maps.layout, depth.query, depth.key_norm)
+        parameters = tables.parameters(maps.layout, depth)
     batches = sample(MAGNITUDE_TOKENS)
     if not batches:
         raise AnalysisError("no token was seen; the text is empty.")

@@ -85,14 +85,16 @@ class Layout:
     Attributes:
         num_sublayers: L.
         block_size: S.
-        mix: `"mean"` or `"sum"`.
+        mix: `"mean"`, `"sum"` or `"gated"`.
         sublayers_per_layer: 2 as a rule.
+        gates: that of each read, for `mix="gated"`.
     """
 
     num_sublayers: int
     block_size: int
     mix: str
     sublayers_per_layer: int
+    gates: tuple[float, ...] | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Layout:
@@ -108,7 +110,9 @@ class Layout:
             )
         num_sublayers = int(model.config.num_sublayers)
         per_layer = max(1, num_sublayers // len(decoder_layers(model)))
-        return cls(num_sublayers, settings["block_size"], settings["mix"], per_layer)
+        gate = getattr(depth_module(model), "gate", None)
+        gates = None if gate is None else tuple(gate.detach().flatten().tolist())
+        return cls(num_sublayers, settings["block_size"], settings["mix"], per_layer, gates)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -168,7 +172,7 @@ class Layout:
 
 
 def depth_module(model: PreTrainedModel) -> torch.nn.Module:
-    """The depth parameters of a model, with a head or without: what has `query` and `key_norm`, `[reads, hidden]`.
+    """The depth parameters of a model, with a head or without.
 
     Raises:
         AnalysisError: there are none.

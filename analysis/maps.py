@@ -71,11 +71,15 @@ class DepthMaps:
     def mixing_matrix(self) -> np.ndarray:
         """The depth mixing matrix M (Fig. 9), `[heads, reads, 1 + L]`: the factor with which the embedding and the
         output of each sublayer enter a read. It is 1 for all that came before in a standard residual, and also with
-        zero queries and `mix="sum"`."""
+        zero queries and `mix="sum"`, or zero gates and `mix="gated"`."""
         layout, heads = self.layout, self.num_heads
         matrix = np.zeros((heads, layout.num_sublayers + 1, layout.num_sublayers + 1))
         scale = 1 / self.uniform if layout.mix == "sum" else np.ones(layout.num_sublayers + 1)
-        weights = np.nan_to_num(self.weights) * scale[None, :, None]
+        residual = 0.0
+        if layout.gates is not None:
+            scale, residual = np.array(layout.gates), 1.0
+            scale[0] = 0.0  # a read of the embedding alone is the embedding
+        weights = residual + np.nan_to_num(self.weights) * scale[None, :, None]
         for source in layout.sources:
             for column in range(source.first + 1, source.last + 2):  # column 0 is the embedding
                 written = np.arange(layout.num_sublayers + 1) >= column

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..depth_attention import DEPTH_ATTENTION_FUNCTIONS
-from ..depth_state import DepthSettings, DepthState, Norm
+from ..depth_attention import EagerDepthAttention
+from ..depth_state import DepthSettings, DepthState, Norm, normed
 from ..rewiring import decoder_layers
 
 Look = Callable[[int, tuple[torch.Tensor, ...], "torch.Tensor | None"], None]
@@ -19,7 +19,7 @@ Look = Callable[[int, tuple[torch.Tensor, ...], "torch.Tensor | None"], None]
 class ObservedRead:
     """An implementation of depth attention: the reference, of which one sees what it reads and from which one takes
     sources away. A source that is taken away is not there: the weights of the others are those of a softmax without it,
-    and `mix="sum"` counts one source less.
+    and `mix="sum"` counts one source less. With `mix="gated"` it stays in the residual stream.
 
     Attributes:
         look: called before every read with its index, the finished sources and the partial sum, each
@@ -30,7 +30,9 @@ class ObservedRead:
 
     def __init__(self, look: Look | None = None, masked: Collection[tuple[int, int]] = ()):
         self.look, self.masked = look, frozenset(masked)
-        self.reference = DEPTH_ATTENTION_FUNCTIONS["eager"]
+
+    def covers(self, settings: DepthSettings) -> bool:
+        return True
 
     def fuses(self, state: Any) -> bool:
         return False
@@ -41,12 +43,9 @@ class ObservedRead:
         read, state = state.depth, state.added()
         if self.look is not None:
             self.look(read, state.sources, state.partial_sum)
-        values = state.sources if state.partial_sum is None else (*state.sources, state.partial_sum)
-        kept = tuple(value for source, value in enumerate(values) if (read, source) not in self.masked)
-        seen = state
-        if kept and len(kept) < len(values):
-            seen = state._replace(sources=kept, partial_sum=None)
-        return self.reference.read(queries, seen, settings, norm)[0], state
+        seen = settings.seen(read)
+        kept = [source for source in seen if (read, source) not in self.masked]
+        return normed(EagerDepthAttention.mixed(queries[read], state, kept or seen, settings), norm), state
 
 
 @contextmanager

@@ -44,9 +44,10 @@ def of_maps(maps: DepthMaps) -> Iterator[str]:
         return
     later = [read.index for read in reads if layout.num_visible(read.index) > 2] or [reads[-1].index]
     times = weights / maps.uniform[:, None]
+    what = "input" if layout.gates is None else "mean, which its gate adds to the residual stream,"
     read = max(later, key=lambda index: times[index, 0])
     yield (
-        f"{_capital(str(reads[read]))}, takes {percent(weights[read, 0])} of its input from the {EMBEDDING}. An even "
+        f"{_capital(str(reads[read]))}, takes {percent(weights[read, 0])} of its {what} from the {EMBEDDING}. An even "
         f"share would be {percent(maps.uniform[read])}. No other read with more than two sources takes as many times "
         "its even share from there."
     )

@@ -72,27 +72,25 @@ def mixing_matrix(maps: DepthMaps) -> pd.DataFrame:
     )
 
 
-def parameters(layout: Layout, query: Any, key_norm: Any) -> pd.DataFrame:
-    """One row for each read: how far training moved its query from zero and its key norm from one.
+def parameters(layout: Layout, depth: Any) -> pd.DataFrame:
+    """One row for each read: how far training moved its query from zero, its key norm from one, its gate from zero.
 
     Args:
         layout ([`Layout`]): of the model.
-        query, key_norm (`torch.Tensor`): `[reads, hidden]`.
+        depth ([`DepthAttention`]): its depth parameters. What a variant does not have has no column.
     """
-    query, key_norm = query.detach().double().cpu(), key_norm.detach().double().cpu()
-    return pd.DataFrame(
-        {
-            "read": read.index,
-            "kind": read.kind,
-            "place": read.place,
-            "query_norm": float(query[read.index].norm()),
-            "key_norm_deviation": float((key_norm[read.index] - 1).square().mean().sqrt()),
-            "key_norm_smallest": float(key_norm[read.index].min()),
-            "key_norm_largest": float(key_norm[read.index].max()),
-            "folded_query_norm": float((query[read.index] * key_norm[read.index]).norm()),
-        }
-        for read in layout.reads
-    )
+    table = pd.DataFrame({"read": read.index, "kind": read.kind, "place": read.place} for read in layout.reads)
+    query = depth.query.detach().double().cpu().flatten(1)
+    table["query_norm"] = query.norm(dim=1).numpy()
+    if depth.key_norm is not None:
+        key_norm = depth.key_norm.detach().double().cpu()
+        table["key_norm_deviation"] = (key_norm - 1).square().mean(1).sqrt().numpy()
+        table["key_norm_smallest"], table["key_norm_largest"] = key_norm.amin(1).numpy(), key_norm.amax(1).numpy()
+        if query.shape == key_norm.shape:
+            table["folded_query_norm"] = (query * key_norm).norm(dim=1).numpy()
+    if layout.gates is not None:
+        table["gate"] = layout.gates
+    return table
 
 
 def magnitudes(found: Mapping[str, Magnitudes]) -> pd.DataFrame:

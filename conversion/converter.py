@@ -30,11 +30,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .. import modeling_attnres
 from ..configuration_attnres import MIXES, AttnResConfig
+from ..depth_attention import DepthAttention
 from ..model_cards.card import CARD, build_card, inherited_metadata
 from . import pickles, quantization
 from .delivery import REPORT, check_destination, deliver, staging, umask, written_files
 from .errors import ConversionError
-from .loading import DepthNames, depth_names
+from .loading import depth_names
 from .source import DEPTH_SHARD, Source, check_names_free, check_sizes, open_source, read_headers, regular_file
 from .tokenizer import pin_tokenizer, write_generation_config
 from .verification import VERIFICATION_MODES, Verification, check_complete, compare
@@ -49,7 +50,7 @@ class ConversionReport:
     Attributes:
         source: Hub id, or name of the directory, that was converted.
         model_type: architecture of the backbone.
-        block_size, num_blocks, num_sublayers, num_reads, mix: the depth configuration (S, N, L, R).
+        block_size, num_blocks, num_sublayers, num_reads, mix, num_heads: the depth configuration (S, N, L, R, H).
         parameters, added_parameters: of the source, and of depth attention on top.
         tokenizer: class of the tokenizer, whose token ids were compared; `None` if there is none that can be loaded.
         quantization: the method that the source is quantised by, and so the result; `None` for most.
@@ -68,6 +69,7 @@ class ConversionReport:
     num_sublayers: int
     num_reads: int
     mix: str
+    num_heads: int
     parameters: int
     added_parameters: int
     tokenizer: str | None
@@ -89,6 +91,7 @@ def convert(
     block_size: int | None = None,
     num_blocks: int | None = None,
     mix: str = "sum",
+    num_heads: int = 1,
     verify: str = "full",
     overwrite: bool = False,
     allow_pickle: bool = False,
@@ -106,7 +109,10 @@ def convert(
         num_blocks (`int`, *optional*, defaults to 8): N, the number of blocks.
         mix (`str`, *optional*, defaults to `"sum"`):
             `"sum"` is lossless for every architecture; `"mean"` is the paper's read, lossless behind RMSNorms up to
-            their epsilon, and verified to 1 % instead of 0.01 % of the largest logit.
+            their epsilon, and verified to 1 % instead of 0.01 % of the largest logit. `"gated"` adds the mean to the
+            residual stream, times a gate that is zero at first: lossless for every architecture.
+        num_heads (`int`, *optional*, defaults to 1):
+            H, the depth heads: each weighs its own slice of the hidden dimension. Lossless, and no parameter more.
         verify (`str`, *optional*, defaults to `"full"`):
             `"full"` compares the logits of the whole models, `"sample"` of their first layers, which are in memory one
             at a time (for models that do not fit there), `"none"` compares only names and shapes.
@@ -151,6 +157,7 @@ def convert(
         block_size=block_size,
         num_blocks=num_blocks,
         mix=mix,
+        depth_attention={"num_heads": num_heads},
         architectures=["AttnResForCausalLM"],
     )
 
@@ -179,8 +186,9 @@ def convert(
             num_sublayers=config.num_sublayers,
             num_reads=config.num_reads,
             mix=mix,
+            num_heads=num_heads,
             parameters=checkpoint.num_parameters,
-            added_parameters=2 * config.num_reads * config.hidden_size,
+            added_parameters=sum(map(torch.numel, DepthAttention.from_config(config).parameters())),
             tokenizer=tokenizer,
             quantization=method,
             pickles=checkpoint.pickles,
@@ -219,7 +227,8 @@ def report_table(report: ConversionReport) -> Table:
     title = f"{escape(report.source)}: {report.model_type} with Attention Residuals"
     table = Table(title=title, show_header=False)
     kind = "Full" if report.block_size == 1 else "Block"
-    table.add_row("Depth attention", f"{kind}, mix {report.mix}, {report.num_reads} reads")
+    heads = "" if report.num_heads == 1 else f" of {report.num_heads} heads"
+    table.add_row("Depth attention", f"{kind}, mix {report.mix}, {report.num_reads} reads{heads}")
     table.add_row("Blocks", f"{report.num_blocks} of {report.block_size} sublayers ({report.num_sublayers} in all)")
     table.add_row("Parameters", f"{report.parameters:,} + {report.added_parameters:,} added")
     if report.quantization is not None:
@@ -254,9 +263,9 @@ def _check_apart(source: Source, target: Path) -> None:
         raise ConversionError(f"source {directory} and destination {target} overlap; choose a destination elsewhere.")
 
 
-def _write_depth_shard(config: AttnResConfig, names: DepthNames, stage: Path) -> int:
-    shape = (config.num_reads, config.hidden_size)
-    tensors = {names.key_norm: torch.ones(shape), names.query: torch.zeros(shape)}  # float32, whatever the rest is
+def _write_depth_shard(config: AttnResConfig, names: dict[str, str], stage: Path) -> int:
+    parameters = DepthAttention.from_config(config).named_parameters()  # float32, whatever the rest is
+    tensors = {names[name]: parameter.detach() for name, parameter in parameters}
     return _save(tensors, stage / DEPTH_SHARD)
 
 
@@ -330,9 +339,9 @@ def _link_shards(source: Source, stage: Path, progress: bool) -> tuple[int, int]
     return linked, copied
 
 
-def _write_index(source: Source, config: AttnResConfig, names: DepthNames, stage: Path) -> None:
+def _write_index(source: Source, config: AttnResConfig, names: dict[str, str], stage: Path) -> None:
     weight_map = {name: _shard_name(shard) for name, shard in source.tensors.items()}
-    weight_map |= dict.fromkeys(names, DEPTH_SHARD)
+    weight_map |= dict.fromkeys(names.values(), DEPTH_SHARD)
     metadata = {
         "total_parameters": source.num_parameters + 2 * config.num_reads * config.hidden_size,
         "total_size": sum((stage / shard).stat().st_size for shard in set(weight_map.values())),

@@ -32,20 +32,20 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..configuration_attnres import AttnResConfig, AttnResError
+from ..configuration_attnres import DEPTH_VARIANTS, AttnResConfig, AttnResError
 from ..depth_attention import DepthAttention, depth_settings
 from ..depth_state import DepthSettings, upcast
 from ..modeling_attnres import AttnResForCausalLM
 from .converter import write_config_and_code
 from .delivery import deliver, staging
 from .errors import ConversionError
-from .loading import DepthNames, load, meta_tensors
+from .loading import load, meta_tensors
 from .source import DEPTH_SHARD, TensorInfo, find_companions, read_headers, read_index, read_json
 
 MODEL_TYPE = "kimi_k3"
 BACKBONE_TYPE = "kimi_linear"
 PREFIX = "language_model."
-DEPTH_NAMES = DepthNames(key_norm="model.depth_attention.key_norm", query="model.depth_attention.query")
+DEPTH_NAMES = {name: f"model.depth_attention.{name}" for name in ("query", "key_norm")}
 DEPTH_SUFFIXES = ("_res_proj.weight", "_res_norm.weight")
 FLOATS = ("BF16", "F16", "F32", "F64")
 CHUNK_BYTES = 16 * 2**20
@@ -125,6 +125,8 @@ def depth_tensors(depth_attention: DepthAttention) -> dict[str, torch.Tensor]:
     Returns:
         `dict[str, torch.Tensor]`: per read `*_res_proj.weight`, `[1, hidden]`, and `*_res_norm.weight`, `[hidden]`.
     """
+    if depth_attention.key_norm is None:
+        raise ConversionError("Kimi K3's reads have a key norm; these depth parameters have none.")
     rows = zip(depth_attention.query.detach(), depth_attention.key_norm.detach())
     names = _depth_names(len(depth_attention.query) // 2)
     return {
@@ -152,7 +154,7 @@ def export_checkpoint(source: str | os.PathLike, destination: str | os.PathLike)
     _check_tensors(checkpoint.directory, config, checkpoint.directory)
     old_names: dict[str, str] = {}
     for name in checkpoint.tensors:
-        if name in DEPTH_NAMES:
+        if name in DEPTH_NAMES.values():
             continue
         new_name = PREFIX + DENSE_AS_SPARSE.sub(r"\1.mlp.\2", name)
         if not BACKBONE_TENSOR.fullmatch(new_name, len(PREFIX)) or new_name in old_names:
@@ -162,7 +164,7 @@ def export_checkpoint(source: str | os.PathLike, destination: str | os.PathLike)
             )
         old_names[new_name] = name
     depth_attention = DepthAttention(config.num_reads, config.hidden_size)
-    parameters = {entry: upcast(_read_tensor(checkpoint, name)) for entry, name in DEPTH_NAMES._asdict().items()}
+    parameters = {entry: upcast(_read_tensor(checkpoint, name)) for entry, name in DEPTH_NAMES.items()}
     depth_attention.load_state_dict(parameters, assign=True)
 
     with staging(target) as stage:
@@ -193,7 +195,7 @@ def import_checkpoint(source: str | os.PathLike, destination: str | os.PathLike)
     config = _attnres_config(checkpoint, depth_config)
     old_names = {}
     for name in checkpoint.tensors:
-        if not name.startswith(PREFIX) or name.removeprefix(PREFIX) in DEPTH_NAMES:
+        if not name.startswith(PREFIX) or name.removeprefix(PREFIX) in DEPTH_NAMES.values():
             raise ConversionError(
                 f"{checkpoint.directory / checkpoint.tensors[name]}: tensor {name!r} is no part of a Kimi Linear "
                 "decoder; only those can be imported."
@@ -205,7 +207,7 @@ def import_checkpoint(source: str | os.PathLike, destination: str | os.PathLike)
         _write_tensors(
             checkpoint,
             old_names,
-            {getattr(DEPTH_NAMES, entry): upcast(tensor) for entry, tensor in depth.items()},
+            {DEPTH_NAMES[entry]: upcast(tensor) for entry, tensor in depth.items()},
             stage,
         )
         write_config_and_code(config, stage)
@@ -318,6 +320,9 @@ def _k3_settings(checkpoint: Checkpoint, config: AttnResConfig) -> dict[str, Any
         raise ConversionError(f"{file}: the backbone is {config.model_type!r}; Kimi K3's is {BACKBONE_TYPE!r}.")
     if depth["mix"] != "mean":
         raise ConversionError(f"{file}: mix={depth['mix']!r}; Kimi K3 reads the mean, so it has to be 'mean'.")
+    for name, value in DEPTH_VARIANTS.items():
+        if depth[name] != value:
+            raise ConversionError(f"{file}: {name}={depth[name]!r}; Kimi K3's reads have {name}={value!r}.")
     if depth["block_size"] % 2:
         raise ConversionError(
             f"{file}: block_size={depth['block_size']}; Kimi K3's blocks are whole decoder layers, so it has to be "

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -106,16 +106,10 @@ def load(
     return nn.Module.to(model, dtype).eval() if stored_dtype else model.eval()
 
 
-class DepthNames(NamedTuple):
-    """The names that the depth parameters have on disk."""
+def depth_names(config: AttnResConfig, source: str) -> dict[str, str]:
+    """The names of the depth parameters of a causal language model on disk, by their names in [`DepthAttention`].
 
-    key_norm: str
-    query: str
-
-
-def depth_names(config: AttnResConfig, source: str) -> DepthNames:
-    """The names of the depth parameters of a causal language model on disk: those in its state dict, renamed as the
-    library renames the tensors of its architecture when it saves them.
+    They are those in its state dict, renamed as the library renames the tensors of its architecture when it saves them.
 
     Raises:
         ConversionError: the configuration makes no model; the message names the `source`.
@@ -128,7 +122,7 @@ def depth_names(config: AttnResConfig, source: str) -> DepthNames:
     except Exception as error:  # whatever a model's constructor makes of a configuration that it did not expect
         raise ConversionError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
     tensors = {name: tensor for name, tensor in model.state_dict().items() if DEPTH_MODULE in name.split(".")}
-    return DepthNames(*sorted(revert_weight_conversion(model, tensors)))
+    return {name.rpartition(".")[2]: name for name in revert_weight_conversion(model, tensors)}
 
 
 def check_names_apart(model: PreTrainedModel, names: Iterable[str], source: str) -> None:

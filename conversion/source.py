@@ -137,7 +137,7 @@ def open_source(source: str | os.PathLike, revision: str | None = None, allow_pi
         UnsupportedBackboneError: its architecture is not supported.
     """
     try:
-        directory = _find(Path(source), revision, allow_pickle)
+        directory = find_checkpoint(Path(source), revision, allow_pickle)
     except (TypeError, ValueError, OSError) as error:
         if isinstance(error, ConversionError):
             raise
@@ -156,7 +156,8 @@ def open_source(source: str | os.PathLike, revision: str | None = None, allow_pi
     return Source(directory, name, config, shards, tensors, infos, find_companions(directory), pickles)
 
 
-def _find(path: Path, revision: str | None, allow_pickle: bool) -> Path:
+def find_checkpoint(path: Path, revision: str | None = None, allow_pickle: bool = False) -> Path:
+    """The directory of a checkpoint: the path itself, or what was downloaded to the Hub's cache."""
     source = str(path)
     if path.is_dir():
         if revision is not None:
@@ -325,33 +326,28 @@ def read_headers(directory: Path, shards: tuple[str, ...], tensors: dict[str, st
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The header of a safetensors file: 8 bytes of length, then JSON. The tensors follow without gap or overlap."""
+    """What the header of a safetensors file says, by the safetensors library.
+
+    The library also checks that the tensors fill the file without gap or overlap. It takes the last of two tensors of
+    one name, and names, dtypes and numbers of dimensions that torch does not: those are refused here.
+    """
     shard = regular_file(path)
     try:
-        file_size = shard.stat().st_size
         with shard.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
+            header_size, file_size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
             if not 0 < header_size <= min(file_size - 8, MAX_FILE_BYTES):
                 raise ValueError(
                     f"it says that its header has {header_size} bytes; the file has {file_size}, and a header at most "
                     f"{MAX_FILE_BYTES}"
                 )
-            header = _parse_json(file.read(header_size))
-        header.pop("__metadata__", None)
-        infos, ranges = {}, []
-        for name, entry in header.items():
-            _check_tensor_name(path, name)
-            infos[name], data_range = _parse_tensor(name, entry)
-            ranges.append((*data_range, name))
-        end = 0
-        for begin, next_end, name in sorted(ranges):
-            if begin != end:
-                raise ValueError(f"tensor {_repr(name)} begins at byte {begin} of the data, not at {end}")
-            end = next_end
-        if 8 + header_size + end != file_size:
-            raise ValueError(f"its tensors end at byte {8 + header_size + end}, the file at {file_size}")
-        with safe_open(shard, framework="pt"):  # the library has the last word
-            pass
+            _parse_json(file.read(header_size))
+        infos = {}
+        with safe_open(shard, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                _check_tensor_name(path, name)
+                tensor = tensors.get_slice(name)
+                infos[name] = TensorInfo(tuple(tensor.get_shape()), tensor.get_dtype())
+                _check_loadable(name, infos[name])
     except ConversionError:
         raise
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -359,30 +355,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _parse_tensor(name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
-    """What a header says of one tensor, and the first byte of its data and the one after its last."""
-    if not isinstance(entry, dict):
-        raise ValueError(f"tensor {_repr(name)} is described by {_repr(entry)}, not by an object")
-    dtype: Any = entry.get("dtype")
-    shape: Any = entry.get("shape")
-    offsets: Any = entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"tensor {_repr(name)} has dtype={_repr(dtype)}, which Transformers cannot load")
-    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"tensor {_repr(name)} has shape={_repr(shape)}, which is none")
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {_repr(name)} has data_offsets={_repr(offsets)}, which are none")
-    num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
-    if offsets[1] - offsets[0] != num_bytes:
-        raise ValueError(
-            f"tensor {_repr(name)} has data_offsets={_repr(offsets)}, but shape={_repr(shape)} and dtype={dtype} need "
-            f"{_repr(num_bytes)} bytes"
-        )
-    return TensorInfo(tuple(shape), dtype), (offsets[0], offsets[1])
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+def _check_loadable(name: str, info: TensorInfo) -> None:
+    if info.dtype not in DTYPES:
+        raise ValueError(f"tensor {_repr(name)} has dtype={_repr(info.dtype)}, which Transformers cannot load")
+    if len(info.shape) > MAX_DIMENSIONS or any(size >= 2**63 for size in info.shape):
+        raise ValueError(f"tensor {_repr(name)} has shape={_repr(info.shape)}, which torch cannot hold")
 
 
 def _check_tensor_name(path: Path, name: str) -> None:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_attnres import AttnResConfig, AttnResError
+from ..depth_attention import DepthAttention
 from ..modeling_attnres import AttnResForCausalLM
 from ..rewiring import decoder_layers
 from . import quantization
@@ -34,7 +35,7 @@ VERIFICATION_MODES = ("full", "sample", "none")
 
 # Largest logit difference allowed, in float32, as a share of the largest logit. For "sum" it is some hundred times
 # the rounding seen on conversions. For "mean" of n sources, the epsilon of the norm behind weighs n^2 times as much.
-TOLERANCE = {"sum": 1e-4, "mean": 1e-2}
+TOLERANCE = {"sum": 1e-4, "gated": 1e-4, "mean": 1e-2}
 MAX_TOKENS = 64
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -281,7 +282,11 @@ def _token_sequences(source: Source) -> tuple[str, list[torch.Tensor]]:
 
 def _check_depth_tensors(converted: Path, config: AttnResConfig) -> None:
     with safe_open(converted / DEPTH_SHARD, framework="pt") as file:
-        key_norm, query = (file.get_tensor(name) for name in depth_names(config, str(converted)))
-    shape = (config.num_reads, config.hidden_size)
-    if query.shape != shape or key_norm.shape != shape or query.any() or not (key_norm == 1).all():
-        raise VerificationError(f"{converted}: the depth tensors are not zeros and ones of shape {shape}.")
+        tensors = {name: file.get_tensor(on_disk) for name, on_disk in depth_names(config, str(converted)).items()}
+    for name, parameter in DepthAttention.from_config(config).named_parameters():
+        tensor, start = tensors[name], float(name == "key_norm")
+        if tensor.shape != parameter.shape or not (tensor == start).all():
+            raise VerificationError(
+                f"{converted / DEPTH_SHARD}: the tensor {name!r} is not what a retrofit starts with, {start:g} "
+                f"everywhere, of shape {list(parameter.shape)}."
+            )

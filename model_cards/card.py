@@ -24,7 +24,7 @@ from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..configuration_attnres import AttnResConfig, AttnResError
+from ..configuration_attnres import DEPTH_VARIANTS, AttnResConfig, AttnResError
 from .scores import score_text
 
 CARD = "README.md"
@@ -32,6 +32,7 @@ TEMPLATE = Path(__file__).with_name("attnres.md.j2")
 CONVERSION_REPORT = "attnres_conversion.json"
 EVALUATION_REPORT = "report.json"
 TRAINER_STATE = "trainer_state.json"
+TRAINING_REPORT = "attnres_training.json"
 TAGS = ("attnres", "attention-residuals", "arxiv:2603.15031", "custom_code")
 TO_FILL_IN = re.compile(r"\[To fill in: ([^\]]*)\]")
 
@@ -136,6 +137,7 @@ def build_card(
         num_reads=depth.num_reads,
         trained_reads=_count_trained_reads(directory),
         training=_training(directory / TRAINER_STATE),
+        trained_with=training_rows(directory),
         evaluation=None if evaluation is None else _evaluation(evaluation),
     )
 
@@ -368,11 +370,14 @@ def _configuration(depth: AttnResConfig, config: Mapping[str, Any]) -> list[tupl
     settings, size = depth.depth_attention, depth.depth_attention["block_size"]
     kind = "Full AttnRes" if size == 1 else "Block AttnRes"
     mixes = {"sum": "sum: a read is the weighted mean times the number of sources", "mean": "mean, as in the paper"}
+    mixes["gated"] = "gated: the residual stream plus a learned gate times the weighted mean"
+    variants = [name for name, value in DEPTH_VARIANTS.items() if settings[name] != value]
     return [
         ("Kind", f"{kind}: {depth.num_blocks} blocks of {size} sublayers, {depth.num_sublayers} in all"),
         ("Reads", f"{depth.num_reads}, each with a pseudo-query and a key norm of {depth.hidden_size}"),
         ("Mix", mixes[settings["mix"]]),
         ("Epsilon of the key norm", f"{settings['key_norm_eps']:g}"),
+        *((f"`{name}`", _text(str(settings[name]))) for name in variants),
         ("Backbone", f"{_text(depth.model_type)}, {depth.num_hidden_layers} decoder layers"),
         ("Weights", _text(config.get("dtype") or "dtype not recorded")),
     ]
@@ -406,6 +411,44 @@ def _training(path: Path) -> list[tuple[str, str]]:
     losses = [entry["loss"] for entry in logged if "loss" in entry] if isinstance(logged, list) else []
     rows += [("Last training loss", losses[-1])] if losses else []
     return [(label, f"{value:,.6g}") for label, value in rows if isinstance(value, NUMBER) and value]
+
+
+def training_rows(directory: Path) -> list[tuple[str, str]]:
+    """How `attnres finetune` or `attnres train` made a checkpoint, as rows of a table; none if it did not.
+
+    Raises:
+        CardError: its report is not what a training writes.
+    """
+    path = directory / TRAINING_REPORT
+    if not path.is_file():
+        return []
+    report = _read_json(path)
+    try:
+        settings, data = report["settings"], report["data"]
+        rates = f"{settings['learning_rate']:g}, and {settings['depth_learning_rate']:g} for depth parameters"
+        names = [_public(name) for name in data["files"]]
+        rows = [
+            ("Trained from", _public(report["source"])),
+            ("What", ", ".join(f"{_text(name)}: {_text(value)}" for name, value in report["method"].items())),
+            ("Data", f"{_text(data['kind'])}: {', '.join(names[:8])}" + (" and others" if len(names) > 8 else "")),
+            ("Steps", f"{report['steps']:,d}"),
+            ("Tokens seen", f"{report['tokens']:,d}"),
+            ("Learning rates", f"{rates}, {_text(settings['schedule'])}, {_text(settings['optimizer'])}"),
+            (
+                "Sequences per step",
+                f"{report['processes'] * settings['batch_size'] * settings['accumulation']:,d} of "
+                f"{settings['sequence_length']:,d} tokens",
+            ),
+        ]
+        if report["train_loss"] is not None:
+            rows.append(("Last training loss", f"{report['train_loss']:.4f}"))
+        for when, metrics in (report["validation"] or {}).items():
+            values = ", ".join(f"{_text(name)} {value:.4f}" for name, value in metrics.items())
+            rows.append((f"Validation, {_text(when)}", values))
+        rows.append(("Versions", ", ".join(f"{_text(n)} {_text(v)}" for n, v in report["versions"].items())))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CardError(f"{path} is not what a training writes: {type(error).__name__}: {error}") from error
+    return rows
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from ..configuration_attnres import AttnResConfig, AttnResError
 from ..conversion.source import read_headers, read_index, read_json
 from .card import CARD, TO_FILL_IN
 
-IGNORED = [f"{prefix}{name}/*" for name in (".git", ".cache", "__pycache__") for prefix in ("", "*/")]
+IGNORED = [f"{prefix}{name}/*" for name in (".git", ".cache", "__pycache__", "runs") for prefix in ("", "*/")]
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf"]
 
 PICKLE_NAMES = re.compile(r"\.(bin|ckpt|dill|joblib|pickle|pkl|pt|pth)$", re.IGNORECASE)

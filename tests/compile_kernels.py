@@ -19,7 +19,9 @@ from triton.backends.compiler import GPUTarget
 from attnres import depth_attention_triton as kernels
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-BLOCKS = ((4, 8, 2048), (9, 6, 7168), (57, 1, 1024))  # sources, reads, hidden
+# Sources, reads, hidden, eps, heads, window.
+BLOCKS = ((4, 8, 2048, 1e-6, 1, []), (9, 6, 7168, 1e-6, 1, []), (57, 1, 1024, 1e-6, 1, []))
+VARIANTS = ((4, 8, 2048, 1e-6, 8, []), (9, 1, 2048, None, 1, [8, 1, 4]))
 found: dict[str, dict[str, Any]] = {}
 
 
@@ -58,15 +60,16 @@ def values(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
     kernels.launch = compile_instead
-    for num_sources, num_reads, hidden in BLOCKS:
+    for num_sources, num_reads, hidden, eps, num_heads, window in (*BLOCKS, *VARIANTS):
         queries = values(num_reads, hidden, dtype=torch.float32)
         sources = [values(130, hidden) for _ in range(num_sources)]
-        outputs = kernels.PhaseOne.apply(queries, 1e-6, *sources)
+        outputs = kernels.PhaseOne.apply(queries, eps, num_heads, window, *sources)
         torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
-    for hidden in (2048, 7168):
+    for hidden, num_heads in ((2048, 1), (7168, 1), (2048, 8)):
         for fused in (False, True):
             added, norm_weight = (values(3, hidden), values(hidden)) if fused else (None, None)
-            output, log_sum_exp = values(3, hidden, dtype=torch.float32), values(3, dtype=torch.float32)
+            shape = (3,) if num_heads == 1 else (3, num_heads)
+            output, log_sum_exp = values(3, hidden, dtype=torch.float32), values(*shape, dtype=torch.float32)
             query = values(hidden, dtype=torch.float32)
             results = kernels.PhaseTwo.apply(
                 output, log_sum_exp, values(3, hidden), added, query, norm_weight, 1, 1e-6, 1e-6

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from reference import ReferenceModel, visible
 from reference import read as reference_read
 from tiny import depth_attention, random_tokens, retrofit, tiny_model
 
+from attnres import AttnResForCausalLM
 from attnres.analysis import (
     AnalysisError,
     DepthStatistics,
@@ -19,6 +21,7 @@ from attnres.analysis import (
     drop_source,
     magnitudes,
     mean_loss,
+    tables,
 )
 from attnres.rewiring import decoder_layers
 
@@ -154,6 +157,51 @@ def test_other_architectures(family: str) -> None:
     assert len(study.reads) == layout.num_blocks + 1
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "heads": dict(num_heads=4),
+    "window": dict(window=2, mix="mean"),
+    "gated, heads": dict(mix="gated", num_heads=2),
+    "input": dict(query="input"),
+    "static": dict(query="static"),
+    "sigmoid": dict(weighting="sigmoid"),
+    "no key norm": dict(key_norm=False),
+    "normalized": dict(values="normalized", mix="mean"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_looked_into(variant: str) -> None:
+    """Maps equal the reference, and the loss without a source that of a reference without it."""
+    fields = dict(VARIANTS[variant])
+    mix, backbone = fields.pop("mix", "sum"), tiny_model("qwen3")
+    model = retrofit(backbone, block_size=2, mix=mix, depth_attention=fields)
+    depth = depth_attention(model)
+    with torch.no_grad():
+        for parameter in depth.parameters():
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) / 4
+    reference = ReferenceModel(backbone, depth.query, depth.key_norm, 2, mix, gate=depth.gate, variant=fields)
+    input_ids = random_tokens()
+    with torch.no_grad():
+        reference(input_ids)
+    maps = depth_maps(model, input_ids)
+    assert maps.num_heads == fields.get("num_heads", 1)
+    for read, expected in enumerate(reference.weights):
+        mean = expected.unsqueeze(-2) if expected.ndim == 3 else expected
+        mean = mean.mean((0, 1)).detach().numpy()
+        found = np.nan_to_num(maps.weights[:, read, : mean.shape[-1]])
+        np.testing.assert_allclose(found, mean, atol=1e-5)
+    table = tables.parameters(maps.layout, depth)
+    assert len(table) == 9
+    assert ("gate" in table, "key_norm_deviation" in table) == (mix == "gated", depth.key_norm is not None)
+    study = drop_source(model, [input_ids], reads=[7])
+    seen = int(np.isfinite(maps.weights[0, 7]).sum())
+    assert len(study.reads) == seen
+    assert all(abs(drop.increase) > 1e-7 for drop in study.reads), "nothing was taken away"
+    if mix == "gated":
+        factors = 1 + np.array(depth.gate.detach()).T[..., None] * maps.weights[:, :, :1]
+        np.testing.assert_allclose(maps.mixing_matrix()[:, 1:, 0], factors[:, 1:, 0], rtol=1e-6)
+
+
 def test_heads_are_kept_apart() -> None:
     """Models with several depth heads give `[batch, sequence, heads, sources]`."""
     layout = Layout(2, 1, "sum", 2)
@@ -164,6 +212,19 @@ def test_heads_are_kept_apart() -> None:
     assert statistics.mean.shape == (3, 3, 3)
     np.testing.assert_allclose(statistics.mean[:, 2], weights[2].mean((0, 1)), rtol=1e-6)
     assert statistics.weights_of_tokens().shape == (10, 3, 3, 3)
+
+
+def test_a_model_that_lies_on_disk_is_looked_into(tmp_path: Path) -> None:
+    """As `device_map="auto"` spreads it; the maps and magnitudes are those of the model in memory."""
+    retrofit(tiny_model("qwen3"), random_queries=True, block_size=2).save_pretrained(tmp_path / "model")
+    kwargs = dict(device_map="auto", max_memory={"cpu": 80_000}, offload_folder=tmp_path / "offload")
+    whole, spread = (AttnResForCausalLM.from_pretrained(tmp_path / "model", **kw).eval() for kw in ({}, kwargs))
+    assert "disk" in spread.hf_device_map.values()
+    input_ids = random_tokens()
+    np.testing.assert_allclose(depth_maps(spread, input_ids).weights, depth_maps(whole, input_ids).weights, atol=1e-6)
+    found, expected = (magnitudes(model, [input_ids]) for model in (spread, whole))
+    np.testing.assert_allclose(found.accumulated, expected.accumulated, rtol=1e-6)
+    np.testing.assert_allclose(found.written, expected.written, rtol=1e-6)
 
 
 def test_statistics_do_not_depend_on_how_the_text_is_cut() -> None:

@@ -15,7 +15,7 @@ import attnres
 from attnres.cli import main
 from attnres.conversion import ConversionError
 
-COMMANDS = ("convert", "eval", "card", "push", "demo")
+COMMANDS = ("convert", "finetune", "train", "eval", "card", "push", "inspect", "demo")
 
 
 @dataclass
@@ -95,8 +95,15 @@ def test_card_and_push(source: Path, tmp_path: Path, run: Callable[..., Result])
         (["convert", "nowhere/at/all", "converted"], "does not exist"),
         (["convert", "source", "converted", "--num-blocks", "99"], "num_blocks=99"),
         (["convert", "source", "converted", "--full", "--num-blocks", "2"], "--full stands for --block-size 1"),
+        (["convert", "source", "converted", "--mix", "product"], "mix='product' is not allowed; choose one of"),
+        (["convert", "source", "converted", "--verify", "some"], "verify='some' is not allowed; choose one of"),
         (["convert", "source", "source"], "exists; choose another"),
         (["demo", "--output", "source"], "was not made by the demo"),
+        (["finetune", "source", "--data", "nowhere.jsonl", "--output", "out"], "has no tokenizer"),
+        (["finetune", "source", "--data", "x", "--output", "out", "--steps", "0"], "steps=0"),
+        (["finetune", "source", "--data", "x", "--output", "out", "--depth", "mix"], "NAME=VALUE"),
+        (["finetune", "source", "--data", "x", "--output", "source"], "holds something that no training wrote"),
+        (["train", "--config", "nowhere.yaml"], "is not readable YAML"),
     ],
 )
 def test_errors_are_messages(source: Path, run: Callable[..., Result], arguments: list[str], message: str) -> None:
@@ -111,9 +118,7 @@ def test_debug_shows_the_traceback(run: Callable[..., Result]) -> None:
         run("--debug", "convert", "nowhere/at/all", "converted")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["convert"], ["convert", "a"], ["nonsense"], ["convert", "a", "b", "--mix", "x"]]
-)
+@pytest.mark.parametrize("arguments", [["convert"], ["convert", "a"], ["nonsense"], ["convert", "a", "b", "--mixx"]])
 def test_wrong_usage(run: Callable[..., Result], arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.returncode == 2

@@ -110,6 +110,13 @@ def test_round_trip(family: str, tmp_path: Path) -> None:
         "mix": "sum",
         "key_norm_eps": 1e-5,
         "implementation": "two_phase",
+        "num_heads": 1,
+        "query": "learned",
+        "weighting": "softmax",
+        "key_norm": True,
+        "logit_scale": 1.0,
+        "window": None,
+        "values": "raw",
     }
     assert not {"backbone_config", "num_blocks", "mix"} & set(saved)
     for use_diff in (True, False):

@@ -270,8 +270,8 @@ def test_shapes_are_run_without_weights(
 
 
 def test_wrong_queries_are_not_delivered(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: torch.full(*args, 0.5, **kwargs))
-    with pytest.raises(VerificationError, match="not zeros and ones"):
+    monkeypatch.setattr(torch.nn.init, "zeros_", lambda tensor: torch.nn.init.constant_(tensor, 0.5))
+    with pytest.raises(VerificationError, match="'query' is not what a retrofit starts with, 0 everywhere"):
         convert(source, source.parent / "converted")
     assert not (source.parent / "converted").exists()
 

@@ -67,15 +67,15 @@ def test_read_equals_reference(depth, block_size, dtype, mix, implementation) ->
     has_partial_sum = depth % block_size > 0
     values = make_sources(1 + depth // block_size + has_partial_sum, dtype)
     query = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(0))
-    actual, state = read_at(query, values, depth, settings)
+    actual, _ = read_at(query, values, depth, settings)
 
     ones = torch.ones(HIDDEN, dtype=torch.float64)
     expected, weights = reference_read([v.double() for v in values], query[depth].double(), ones, mix, 1e-6)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     assert actual.dtype == dtype
     assert (actual.double() - expected).abs().max() <= tolerance * expected.abs().max()
-    actual_weights = depth_weights(query[depth], state.sources, state.partial_sum, 1e-6)
-    torch.testing.assert_close(actual_weights.double(), weights, atol=1e-6, rtol=1e-5)
+    actual_weights = depth_weights(query[depth], values, settings.seen(depth), settings).squeeze(-2)
+    torch.testing.assert_close(actual_weights.double(), weights.squeeze(-2), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

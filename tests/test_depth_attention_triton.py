@@ -236,13 +236,19 @@ def test_gradients_are_the_same_in_every_run(device: str) -> None:
 @pytest.mark.parametrize("block_size", [1, 2, 3])
 def test_reads_equal_the_reference(block_size: int, mix: str, device: str) -> None:
     """All reads of a stack, with and without a norm behind them, and their gradients; groups of two reads or more."""
+    reads_and_grads_equal(block_size, device, mix=mix)
+
+
+def reads_and_grads_equal(block_size: int, device: str, **fields: Any) -> None:
+    """Of the kernels and the reference, in float64."""
     embedding = random(1, 2, 24, dtype=torch.float64, device=device)
     queries, weight = random(6, 24, dtype=torch.float64, device=device), random(24, dtype=torch.float64, device=device)
     outputs = [random(2, 1, 24, dtype=torch.float64, device=device) for _ in range(5)]
     outputs = [output.detach().view(1, 2, 24).roll(i, -1).requires_grad_() for i, output in enumerate(outputs)]
     results = []
     for implementation in (TritonDepthAttention, EagerDepthAttention):
-        settings = DepthSettings(block_size, mix, EPS, implementation, group_size=max(2, block_size))
+        settings = DepthSettings(block_size, "mean", EPS, implementation, group_size=max(2, block_size))
+        settings = settings._replace(**fields)
         state, reads = DepthState((embedding,)), []
         for index in range(6):
             hidden_states, state = read(queries, state, settings, Norm(weight, 1e-5) if index % 2 else None)
@@ -252,6 +258,28 @@ def test_reads_equal_the_reference(block_size: int, mix: str, device: str) -> No
         grads = torch.autograd.grad(sum(r.square().sum() for r in reads), [queries, weight, embedding, *outputs])
         results.append((*reads, *grads))
     assert_close(*results)
+
+
+HEADS = {
+    "two heads": dict(num_heads=2),
+    "a head for each column": dict(num_heads=24, mix="sum"),
+    "no key norm": dict(key_norm_eps=None),
+    "window of one": dict(window=1),
+    "window of two, three heads": dict(window=2, num_heads=3),
+    "window, heads, no key norm": dict(window=3, num_heads=2, key_norm_eps=None),
+}
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+@pytest.mark.parametrize("variant", HEADS)
+def test_variants_equal_the_reference(variant: str, block_size: int, device: str, monkeypatch: Any) -> None:
+    """All reads of a stack and their gradients, in several programs per token and in one, in blocks of columns."""
+    if block_size == 2:
+        monkeypatch.setattr(kernels, "SPLIT_TOKENS", 0)
+    if block_size == 3:
+        tiles = kernels.tiles
+        monkeypatch.setattr(kernels, "tiles", lambda *sizes, **kwargs: tiles(*sizes, **kwargs) | {"BLOCK": 16})
+    reads_and_grads_equal(block_size, device, **HEADS[variant])
 
 
 def test_second_derivatives_are_refused(device: str) -> None:
@@ -490,7 +518,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     real models, and sources must be read 16 bytes at a time."""
     program = Path(__file__).with_name("compile_kernels.py").read_text(encoding="utf-8")
     found = json.loads(run_elsewhere(program, tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cache")))
-    assert len(found) == 17
+    assert len(found) == 27
     for name, kernel in found.items():  # the largest merge needs a few registers more than there are
         assert kernel["spilled_bytes"] <= (256 if name.startswith("phase_two_backward_kernel") else 0), name
         assert not kernel["narrow_loads_of_values"], name

@@ -20,7 +20,7 @@ try:
 except ModuleNotFoundError:
     trl = None
 
-pytestmark = pytest.mark.skipif(trl is None, reason="TRL is in the extra `ecosystem`")
+pytestmark = pytest.mark.skipif(trl is None, reason="TRL is in the extra `train`")
 
 SOURCE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 LINES = ["def add(a, b): return a + b", "import os", "for i in range(3): print(i)", "class A: pass"]

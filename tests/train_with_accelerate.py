@@ -11,7 +11,10 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 from ecosystem import freeze_depth
+from shard_on_cpus import shard_on_cpus
 from tiny import random_tokens, retrofit, tiny_model
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 STEPS, ACCUMULATION = 4, 2
 
@@ -22,14 +25,14 @@ def batches(rank: int, processes: int) -> list[torch.Tensor]:
     return list(share.chunk(ACCUMULATION)) * STEPS
 
 
-def train(model: Any, accelerator: Accelerator | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def train(model: Any, mode: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The loss of each step, over all processes, and the queries in the end."""
     model.train()
-    if accelerator is not None:
-        model = accelerator.prepare(model)
     optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    accelerator = None if mode is None else make(mode)
     if accelerator is not None:
-        optimizer = accelerator.prepare(optimizer)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        assert isinstance(model, FSDPModule if mode == "fsdp2" else DistributedDataParallel), type(model)
     losses, total = [], 0.0
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     for index, input_ids in enumerate(batches(rank, processes)):
@@ -56,6 +59,7 @@ def train(model: Any, accelerator: Accelerator | None) -> tuple[torch.Tensor, to
 
 
 def make(mode: str) -> Accelerator:
+    AcceleratorState._reset_state(reset_partial_state=True)
     accumulation = GradientAccumulationPlugin(num_steps=ACCUMULATION)
     if mode == "ddp":
         return Accelerator(cpu=True, gradient_accumulation_plugin=accumulation)
@@ -70,18 +74,19 @@ def make(mode: str) -> Accelerator:
 
 
 def main(directory: Path) -> None:
+    torch.distributed.init_process_group("gloo")
     alone = train(retrofit(tiny_model("llama")), None)[0]
     found = {}
     for mode in ("ddp", "fsdp2"):
-        AcceleratorState._reset_state(reset_partial_state=False)
-        accelerator = make(mode)
-        found[mode] = {"alone": alone, "plain": train(tiny_model("llama"), accelerator)[0]}
-        found[mode]["ours"] = train(freeze_depth(retrofit(tiny_model("llama"))), accelerator)[0]
-        found[mode]["learning"], found[mode]["query"] = train(retrofit(tiny_model("llama")), accelerator)
-    if accelerator.is_main_process:
+        if mode == "fsdp2":
+            shard_on_cpus()
+        found[mode] = {"alone": alone, "plain": train(tiny_model("llama"), mode)[0]}
+        found[mode]["ours"] = train(freeze_depth(retrofit(tiny_model("llama"))), mode)[0]
+        found[mode]["learning"], found[mode]["query"] = train(retrofit(tiny_model("llama")), mode)
+    if torch.distributed.get_rank() == 0:
         torch.save(found, directory / "found.pt")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,353 @@
+"""What came out of the experiments: comparisons with intervals, tables for docs/evidence.md, and figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from ...analysis.figures import LIGHT_COLORS, save
+from ..errors import TrainingError
+from . import scaling
+from .runner import RESULTS, preset_named, results_of
+from .studies import ABLATION, BLOCK_SIZES, KINDS, RETROFIT, SIZES, STUDIES, plan
+
+PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
+FIGURES = PAGE.parent / "figures"
+BASELINE = "plain"
+WIDTH = 340  # of a figure, in pixels
+PAPER_LOSSES = {  # Table 4
+    "plain": 1.766,
+    "DenseFormer": 1.767,
+    "mHC": 1.747,
+    "Full": 1.737,
+    "Full, input-dependent query": 1.731,
+    "Full, static weights": 1.749,
+    "Full, sigmoid": 1.741,
+    "Full, no key norm": 1.743,
+    "Full, window of 8": 1.764,
+    "Block": 1.746,
+    "Block, 16 heads": 1.752,
+    "Block, no key norm": 1.750,
+}
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds with its 95 % interval by Student's t.
+
+    Attributes:
+        value: the mean; NaN without values.
+        half: half the width of the interval; NaN for fewer than two values.
+        count: how many values there are.
+    """
+
+    value: float
+    half: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        array = np.asarray(values, float)
+        if not len(array):
+            return cls(np.nan, np.nan, 0)
+        if len(array) == 1:
+            return cls(float(array[0]), np.nan, 1)
+        half = array.std(ddof=1) / np.sqrt(len(array)) * stats.t.ppf(0.975, len(array) - 1)
+        return cls(float(array.mean()), float(half), len(array))
+
+    def text(self, signed: bool = False) -> str:
+        """`+0.0123 ± 0.0045`, or without an interval where one value has none."""
+        if not self.count:
+            return "–"
+        number = f"{self.value:+.4f}" if signed else f"{self.value:.4f}"
+        return number if np.isnan(self.half) else f"{number} ± {self.half:.4f}"
+
+
+def main_losses(results: Results) -> dict[str, dict[int, float]]:
+    """Validation losses of the main runs, by arm and seed."""
+    found: dict[str, dict[int, float]] = {}
+    for result in results.values():
+        if result["stage"] == "main":
+            found.setdefault(result["arm"], {})[result["seed"]] = result["validation_loss"]
+    return found
+
+
+def difference(losses: Mapping[str, Mapping[int, float]], arm: str, baseline: str = BASELINE) -> Mean:
+    """The mean over seeds of an arm's loss minus the baseline's of the same seed: same batches, same first weights."""
+    of_arm, of_baseline = losses.get(arm, {}), losses.get(baseline, {})
+    return Mean.of([of_arm[seed] - of_baseline[seed] for seed in sorted(of_arm.keys() & of_baseline.keys())])
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; all columns but the first are aligned right."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def retrofit_table(results: Results) -> str:
+    losses = main_losses(results)
+    rates = {r["arm"]: r["training"] for r in results.values() if r["stage"] == "main"}
+    rows = []
+    for arm in RETROFIT:
+        if arm in losses:
+            rate = "" if arm == BASELINE else f"{rates[arm]['depth_learning_rate']:g}"
+            mean = Mean.of(list(losses[arm].values()))
+            against = "" if arm == BASELINE else difference(losses, arm).text(signed=True)
+            rows.append([arm, rate, str(mean.count), mean.text(), against])
+    return table(["arm", "depth learning rate", "seeds", "validation loss", "minus plain"], rows)
+
+
+def grid_table(results: Results) -> str:
+    found: dict[str, list[str]] = {}
+    for result in results.values():
+        if result["stage"] == "grid":
+            training = result["training"]
+            rate = training["learning_rate" if result["arm"] == BASELINE else "depth_learning_rate"]
+            found.setdefault(result["arm"], []).append(f"{rate:g}: {result['validation_loss']:.4f}")
+    rows = [[arm, ", ".join(found[arm])] for arm in RETROFIT if arm in found]
+    return table(["arm", "learning rate tried: validation loss"], rows)
+
+
+def ablation_table(results: Results) -> str:
+    losses = main_losses(results)
+    parameters = {r["arm"]: r["parameters"] for r in results.values()}
+    rows = []
+    for arm in ABLATION:
+        if arm in losses:
+            mean = Mean.of(list(losses[arm].values()))
+            against = "" if arm == BASELINE else difference(losses, arm).text(signed=True)
+            paper = PAPER_LOSSES.get(arm)
+            shown = "–" if paper is None else f"{paper:.3f} ({paper - PAPER_LOSSES[BASELINE]:+.3f})"
+            rows.append([arm, f"{parameters[arm]:,}", str(mean.count), mean.text(), against, shown])
+    return table(["residuals", "parameters", "seeds", "validation loss", "minus plain", "paper (minus baseline)"], rows)
+
+
+def blocks_table(results: Results) -> str:
+    losses = main_losses(results)
+    rows = []
+    for size in BLOCK_SIZES:
+        if (arm := f"S = {size}") in losses:
+            mean = Mean.of(list(losses[arm].values()))
+            rows.append(
+                [arm, str(-(-16 // size)), str(mean.count), mean.text(), difference(losses, arm, "S = 1").text(True)]
+            )
+    return table(["block size", "blocks", "seeds", "validation loss", "minus S = 1"], rows)
+
+
+def scaling_points(results: Results) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Compute (PFLOP/s-days) and loss of each run, by kind; parameters without the embedding, as in C = 6 N D."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for result in results.values():
+        kind = result["arm"].partition(" ")[0]
+        xs, ys = found.setdefault(kind, ([], []))
+        parameters = result["parameters"] - result["backbone"]["hidden_size"] * 4096
+        xs.append(float(scaling.compute([parameters], [result["tokens"]])[0]))
+        ys.append(result["validation_loss"])
+    return {kind: (np.array(xs), np.array(ys)) for kind, (xs, ys) in found.items()}
+
+
+def laws_table(points: Mapping[str, tuple[Any, Any]], baseline: str, compute: float | None) -> str:
+    """The laws of several kinds, and the advantage of each over a baseline at a compute (by default the largest)."""
+    laws = {kind: scaling.PowerLaw.fit(*values) for kind, values in points.items() if len(values[0]) >= 3}
+    if compute is None:
+        compute = max(float(max(values[0])) for values in points.values())
+    rows = []
+    for kind, law in laws.items():
+        low, high = law.slope_interval()
+        gain = "" if kind == baseline or baseline not in laws else _advantage(laws[baseline], law, compute)
+        rows.append([kind, str(law.num_points), f"{law.scale:.3f}", f"{law.slope:.4f} ({low:.4f} to {high:.4f})", gain])
+    return table(["", "points", "A", "slope b (95 %)", f"compute advantage at {compute:.3g} PFLOP/s-days (95 %)"], rows)
+
+
+def _advantage(baseline: scaling.PowerLaw, law: scaling.PowerLaw, compute: float) -> str:
+    found = scaling.advantage(baseline, law, compute)
+    return f"{found.factor:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def paper_laws_table() -> str:
+    compute = scaling.compute(scaling.PAPER_PARAMETERS, scaling.PAPER_TOKENS)
+    points = {kind: (compute, np.array(losses)) for kind, losses in scaling.PAPER_LOSSES.items()}
+    return laws_table(points, "baseline", scaling.PAPER_COMPUTE)
+
+
+def progress_table(results: Mapping[str, Results], preset: str) -> str:
+    """How much of each study is done."""
+    rows = []
+    for study in STUDIES:
+        found = results.get(study, {})
+        losses = {key: result["validation_loss"] for key, result in found.items()}
+        planned = plan(study, preset_named(preset), losses)
+        seconds = sum(result["seconds"] for result in found.values())
+        rows.append(
+            [study, str(len(found)), str(sum(run.key not in losses for run in planned)), f"{seconds / 3600:.1f}"]
+        )
+    return table(["study", "runs done", "runs missing, as far as they are known", "hours of training"], rows)
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def differences_figure(losses: Mapping[str, Mapping[int, float]], arms: Sequence[str], title: str) -> Any:
+    """Paired differences from the plain arm, with their intervals, and every seed as a point."""
+    rows, points = [], []
+    for arm in arms:
+        if arm == BASELINE or not (mean := difference(losses, arm)).count:
+            continue
+        half = 0.0 if np.isnan(mean.half) else mean.half
+        rows.append({"arm": arm, "mean": mean.value, "low": mean.value - half, "high": mean.value + half})
+        points += [
+            {"arm": arm, "difference": losses[arm][seed] - losses[BASELINE][seed]}
+            for seed in losses[arm].keys() & losses[BASELINE].keys()
+        ]
+    order = [row["arm"] for row in rows]
+    y = alt.Y("arm:N", sort=order, title=None)
+    base = alt.Chart(pd.DataFrame(rows), width=WIDTH, height=22 * len(rows))
+    zero = alt.Chart(pd.DataFrame({"x": [0.0]})).mark_rule(color="#6b7280", strokeDash=[5, 3]).encode(x="x:Q")
+    x = alt.X("mean:Q", title="validation loss minus plain's, same batches (negative is better)").scale(zero=False)
+    return (
+        zero
+        + base.mark_rule(strokeWidth=2, color=LIGHT_COLORS[0]).encode(x="low:Q", x2="high:Q", y=y)
+        + base.mark_point(filled=True, size=70, opacity=1, color=LIGHT_COLORS[0]).encode(x=x, y=y)
+        + alt.Chart(pd.DataFrame(points))
+        .mark_tick(color=LIGHT_COLORS[1], thickness=2, size=9)
+        .encode(x="difference:Q", y=y)
+    ).properties(title=alt.TitleParams(title, subtitle="dot: mean; line: 95 % interval; ticks: seeds"))
+
+
+def blocks_figure(losses: Mapping[str, Mapping[int, float]]) -> Any:
+    rows = []
+    for size in BLOCK_SIZES:
+        if (mean := Mean.of(list(losses.get(f"S = {size}", {}).values()))).count:
+            half = 0.0 if np.isnan(mean.half) else mean.half
+            rows.append({"S": size, "loss": mean.value, "low": mean.value - half, "high": mean.value + half})
+    base = alt.Chart(pd.DataFrame(rows), width=WIDTH, height=190)
+    x = alt.X("S:Q", title="S, sublayers per block (of 16)").scale(type="log", base=2).axis(values=list(BLOCK_SIZES))
+    return (
+        base.mark_rule(strokeWidth=2).encode(x=x, y=alt.Y("low:Q").scale(zero=False), y2="high:Q")
+        + base.mark_line(point=True).encode(x=x, y=alt.Y("loss:Q", title="validation loss").scale(zero=False))
+    ).properties(title=alt.TitleParams("Block size", subtitle="mean and 95 % interval over seeds"))
+
+
+def magnitudes_figure(results: Results) -> Any:
+    """Fig. 5 in small: magnitudes of what accumulates and of its gradient per decoder layer, mean over seeds."""
+    rows = [
+        {"arm": result["arm"], "layer": layer, "what": what, "value": value}
+        for result in results.values()
+        if result.get("magnitudes")
+        for what, field in (("output", "accumulated"), ("gradient", "gradients"))
+        for layer, value in enumerate(result["magnitudes"][field])
+    ]
+    frame = pd.DataFrame(rows)
+    panels = []
+    for what, title in (("output", "root mean square of outputs"), ("gradient", "norm of the gradient")):
+        panels.append(
+            alt.Chart(frame[frame["what"] == what], width=WIDTH // 2, height=190)
+            .mark_line(point=True)
+            .encode(
+                x=alt.X("layer:O", title="decoder layer").axis(labelAngle=0),
+                y=alt.Y("mean(value):Q", title=title).scale(type="log"),
+                color=alt.Color("arm:N", title=None, sort=[BASELINE]),
+            )
+        )
+    return alt.hconcat(*panels).properties(title="Magnitudes over depth, as in Fig. 5")
+
+
+def scaling_figure(points: Mapping[str, tuple[Any, Any]], title: str) -> Any:
+    dots, lines = [], []
+    for kind, (compute, losses) in points.items():
+        dots += [{"kind": kind, "compute": float(c), "loss": float(loss)} for c, loss in zip(compute, losses)]
+        if len(compute) >= 3:
+            law = scaling.PowerLaw.fit(compute, losses)
+            for c in np.geomspace(min(compute), max(compute), 30):
+                lines.append({"kind": kind, "compute": float(c), "loss": law.loss(float(c))})
+    x = alt.X("compute:Q", title="compute, PFLOP/s-days (C = 6 N D)").scale(type="log").axis(format=".1e", tickCount=4)
+    y = alt.Y("loss:Q", title="validation loss").scale(type="log", zero=False)
+    color = alt.Color("kind:N", title=None)
+    return (
+        alt.Chart(pd.DataFrame(lines), width=WIDTH, height=220).mark_line().encode(x=x, y=y, color=color)
+        + alt.Chart(pd.DataFrame(dots)).mark_point(filled=True, size=50, opacity=1).encode(x=x, y=y, color=color)
+    ).properties(title=title)
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def sections(preset: str, results: Mapping[str, Results]) -> dict[str, str]:
+    """What stands between the markers of the page, by their names."""
+    makers: dict[str, tuple[str, Callable[[Results], str]]] = {
+        "retrofit": ("retrofit", retrofit_table),
+        "grid": ("retrofit", grid_table),
+        "ablation": ("ablation", ablation_table),
+        "blocks": ("blocks", blocks_table),
+        "scaling": ("scaling", lambda found: laws_table(scaling_points(found), BASELINE, None)),
+    }
+    found = {
+        name: make(results[study]) if results.get(study) else "Not run yet." for name, (study, make) in makers.items()
+    }
+    return found | {"paper": paper_laws_table(), "progress": progress_table(results, preset)}
+
+
+def figures(results: Mapping[str, Results]) -> dict[str, Any]:
+    """The figures that there are results for, by the name of their file."""
+    found: dict[str, Any] = {}
+    losses = {study: main_losses(results.get(study, {})) for study in STUDIES}
+    if any(difference(losses["retrofit"], arm).count for arm in RETROFIT if arm != BASELINE):
+        found["evidence-retrofit"] = differences_figure(losses["retrofit"], list(RETROFIT), "Retrofits of tiny-qwen3")
+    if any(difference(losses["ablation"], arm).count for arm in ABLATION if arm != BASELINE):
+        found["evidence-ablation"] = differences_figure(losses["ablation"], list(ABLATION), "From scratch")
+    if len(losses["blocks"]) > 1:
+        found["evidence-blocks"] = blocks_figure(losses["blocks"])
+    if any(result.get("magnitudes") for result in results.get("ablation", {}).values()):
+        found["evidence-magnitudes"] = magnitudes_figure(results["ablation"])
+    if len(results.get("scaling", {})) >= len(SIZES) * len(KINDS):
+        found["evidence-scaling"] = scaling_figure(scaling_points(results["scaling"]), "Loss against compute")
+    return found
+
+
+def all_results(preset: str, directory: Path = RESULTS) -> dict[str, Results]:
+    """The results of all studies of a preset."""
+    return {study: results_of(directory / f"{study}-{preset}") for study in STUDIES}
+
+
+def filled(page: str, parts: Mapping[str, str]) -> str:
+    """The page with what stands between its markers made anew.
+
+    Raises:
+        TrainingError: a marker is missing.
+    """
+    for name, text in parts.items():
+        pattern = rf"(<!-- {name}: start -->\n).*?(<!-- {name}: end -->)"
+        between = text.replace("\\", r"\\")
+        page, count = re.subn(pattern, rf"\g<1>{between}\n\g<2>", page, flags=re.DOTALL)
+        if count != 1:
+            raise TrainingError(f"{PAGE} has {count} places for {name!r}; one pair of markers was expected.")
+    return page
+
+
+def write(preset: str = "cpu", directory: Path = RESULTS) -> list[Path]:
+    """Makes the tables of docs/evidence.md and its figures anew.
+
+    Returns:
+        `list[Path]`: what was written.
+    """
+    results = all_results(preset, directory)
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), sections(preset, results)), encoding="utf-8")
+    written = [PAGE]
+    for name, chart in figures(results).items():
+        png, svg = save(chart, FIGURES / name)
+        png.unlink()  # the page shows the SVG
+        written.append(svg)
+    return written

@@ -1,0 +1,237 @@
+"""The experiments, declared: which runs there are, under which conditions, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import TrainingError
+
+TINY = str(Path(__file__).parents[2] / "examples" / "tiny-qwen3")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        study: name of the study.
+        arm: what is compared.
+        seed: of the order of the data, of new weights and of dropout. Arms of one seed see the same batches.
+        stage: `"grid"` (finds the learning rate of an arm, with a seed of its own) or `"main"`.
+        source: the checkpoint that goes on learning; `None` for a model from scratch.
+        residual: `"attnres"`, `"plain"` or a baseline.
+        depth: settings of depth attention.
+        backbone: fields of the decoder of a model from scratch.
+        training: fields of [`TrainingSettings`].
+        magnitudes: whether output and gradient magnitudes per decoder layer are measured in the end (Fig. 5).
+    """
+
+    study: str
+    arm: str
+    seed: int
+    stage: str = "main"
+    source: str | None = None
+    residual: str = "attnres"
+    depth: Mapping[str, Any] = field(default_factory=dict)
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    magnitudes: bool = False
+
+    @property
+    def key(self) -> str:
+        """The name of its result."""
+        rates = ""
+        if self.stage == "grid":
+            rates = f"-lr{self.training['learning_rate']:g}-{self.training['depth_learning_rate']:g}"
+        return f"{self.arm}{rates}-seed{self.seed}".replace(",", "").replace(" ", "-")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much is run.
+
+    Attributes:
+        steps: optimizer steps of a run, by study.
+        seeds: of the main runs, by study.
+        batch_size, sequence_length: of all runs.
+        grid: learning rates of the depth parameters that are tried, as multiples of the decoder's.
+        rates: learning rates of the decoder that are tried.
+        training_bytes, validation_bytes: of text.
+        arms: the arms of each study that are run; all that are not named.
+    """
+
+    steps: Mapping[str, int]
+    seeds: Mapping[str, int]
+    batch_size: int = 8
+    sequence_length: int = 256
+    grid: tuple[float, ...] = (1.0, 3.0, 10.0)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    training_bytes: int = 8_000_000
+    validation_bytes: int = 250_000
+    arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+PRESETS = {
+    "smoke": Preset(
+        steps=dict(retrofit=2, ablation=2, blocks=2, scaling=2),
+        seeds=dict(retrofit=2, ablation=2, blocks=2, scaling=1),
+        batch_size=2,
+        sequence_length=32,
+        grid=(1.0,),
+        rates=(3e-4,),
+        training_bytes=40_000,
+        validation_bytes=3_000,
+        arms=dict(retrofit=("plain", "sum"), ablation=("plain", "Full"), blocks=("S = 4", "S = 16")),
+    ),
+    "cpu": Preset(
+        steps=dict(retrofit=300, ablation=300, blocks=300, scaling=300),
+        seeds=dict(retrofit=5, ablation=3, blocks=3, scaling=1),
+    ),
+    "gpu": Preset(
+        steps=dict(retrofit=1000, ablation=2000, blocks=2000, scaling=2000),
+        seeds=dict(retrofit=5, ablation=3, blocks=3, scaling=2),
+        batch_size=32,
+        sequence_length=512,
+        training_bytes=40_000_000,
+    ),
+}
+
+# (a) Arms of the retrofit: what a checkpoint is given before it goes on learning.
+RETROFIT: dict[str, dict[str, Any]] = {
+    "plain": dict(residual="plain"),
+    "sum": dict(depth=dict(num_blocks=8, mix="sum")),
+    "mean": dict(depth=dict(num_blocks=8, mix="mean")),
+    "4 heads": dict(depth=dict(num_blocks=8, mix="sum", num_heads=4)),
+    "8 heads": dict(depth=dict(num_blocks=8, mix="sum", num_heads=8)),
+    "16 heads": dict(depth=dict(num_blocks=8, mix="sum", num_heads=16)),
+    "gated": dict(depth=dict(num_blocks=8, mix="gated")),
+    "Full": dict(depth=dict(block_size=1, mix="sum")),
+}
+
+# (b) Table 4 in small: all at equal data, from the same initial weights.
+ABLATION: dict[str, dict[str, Any]] = {
+    "plain": dict(residual="plain"),
+    "DenseFormer": dict(residual="dense_former"),
+    "hyper-connections": dict(residual="hyper_connections"),
+    "mHC": dict(residual="mhc"),
+    "Full": dict(depth=dict(block_size=1)),
+    "Full, input-dependent query": dict(depth=dict(block_size=1, query="input")),
+    "Full, static weights": dict(depth=dict(block_size=1, query="static")),
+    "Full, sigmoid": dict(depth=dict(block_size=1, weighting="sigmoid")),
+    "Full, no key norm": dict(depth=dict(block_size=1, key_norm=False)),
+    "Full, window of 8": dict(depth=dict(block_size=1, window=8)),
+    "Block": dict(depth=dict(block_size=4)),
+    "Block, 16 heads": dict(depth=dict(block_size=4, num_heads=16)),
+    "Block, no key norm": dict(depth=dict(block_size=4, key_norm=False)),
+    "Block, normalized values": dict(depth=dict(block_size=4, values="normalized")),
+}
+SMALL = dict(
+    model_type="qwen3",
+    hidden_size=128,
+    intermediate_size=320,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+)
+# (c) Sublayers per block, of the 16 that SMALL has.
+BLOCK_SIZES = (1, 2, 4, 8, 16)
+# (e) Width and decoder layers of each size.
+SIZES = ((64, 4), (96, 6), (128, 8), (192, 10))
+GRID_SEED = 999  # no main run has it
+SCRATCH_RATE = 4e-3  # as tiny-qwen3 was trained
+
+STUDIES = ("retrofit", "ablation", "blocks", "scaling")
+
+
+def plan(study: str, preset: Preset, losses: Mapping[str, float]) -> list[Run]:
+    """The runs of a study, in the order in which they are done: seed by seed, so that all arms advance together.
+
+    Learning rates of the retrofit come from runs of their own: the decoder's is the best of the plain arm, and that of
+    the depth parameters is the best of each arm. Runs whose learning rates are not known yet are left out, so plans
+    grow with the results.
+
+    Args:
+        study (`str`): one of `STUDIES`.
+        preset ([`Preset`]): how much is run.
+        losses: validation losses of the runs that are finished, by their key.
+
+    Raises:
+        TrainingError: there is no such study.
+    """
+    if study == "retrofit":
+        return _retrofit(preset, losses)
+    if study not in STUDIES:
+        raise TrainingError(f"There is no study {study!r}; there are: {', '.join(STUDIES)}.")
+    arms: dict[str, dict[str, Any]] = {
+        "ablation": {arm: fields | {"backbone": SMALL} for arm, fields in ABLATION.items()},
+        "blocks": {f"S = {size}": dict(depth=dict(block_size=size), backbone=SMALL) for size in BLOCK_SIZES},
+        "scaling": {
+            f"{kind} {width}x{layers}": _of_size(kind, width, layers) for width, layers in SIZES for kind in KINDS
+        },
+    }[study]
+    chosen = {arm: fields for arm, fields in arms.items() if arm in preset.arms.get(study, arms)}
+    return [
+        Run(
+            study,
+            arm,
+            seed,
+            training=_training(study, preset, SCRATCH_RATE, SCRATCH_RATE) | {"weight_decay": 0.1},
+            magnitudes=study == "ablation" and arm in ("plain", "Full", "Block"),
+            **fields,
+        )
+        for seed in range(preset.seeds[study])
+        for arm, fields in chosen.items()
+    ]
+
+
+KINDS: dict[str, dict[str, Any]] = {"plain": dict(residual="plain"), "Block": dict(depth=dict(num_blocks=8))}
+
+
+def _of_size(kind: str, width: int, layers: int) -> dict[str, Any]:
+    sizes = dict(hidden_size=width, intermediate_size=5 * width // 2, num_hidden_layers=layers, head_dim=32)
+    return KINDS[kind] | {
+        "backbone": SMALL | sizes | dict(num_attention_heads=width // 32, num_key_value_heads=width // 32)
+    }
+
+
+def _training(study: str, preset: Preset, rate: float, depth_rate: float) -> dict[str, Any]:
+    return dict(
+        steps=preset.steps[study],
+        batch_size=preset.batch_size,
+        sequence_length=preset.sequence_length,
+        learning_rate=rate,
+        depth_learning_rate=depth_rate,
+    )
+
+
+def _retrofit(preset: Preset, losses: Mapping[str, float]) -> list[Run]:
+    arms = {arm: fields for arm, fields in RETROFIT.items() if arm in preset.arms.get("retrofit", RETROFIT)}
+
+    def run(arm: str, seed: int, rate: float, depth_rate: float) -> Run:
+        stage = "grid" if seed == GRID_SEED else "main"
+        training = _training("retrofit", preset, rate, depth_rate)
+        return Run("retrofit", arm, seed, stage, TINY, training=training, **arms[arm])
+
+    def best(runs: list[Run]) -> Run | None:
+        return min(runs, key=lambda r: losses[r.key]) if all(r.key in losses for r in runs) else None
+
+    grid = {"plain": [run("plain", GRID_SEED, rate, rate) for rate in preset.rates]}
+    if (plain := best(grid["plain"])) is None:
+        return grid["plain"]
+    rate = plain.training["learning_rate"]
+    for arm in arms:
+        if arm != "plain":
+            grid[arm] = [run(arm, GRID_SEED, rate, rate * factor) for factor in preset.grid]
+    found = {arm: chosen for arm, runs in grid.items() if (chosen := best(runs)) is not None}
+    return [r for runs in grid.values() for r in runs] + [
+        run(arm, seed, rate, found[arm].training["depth_learning_rate"])
+        for seed in range(preset.seeds["retrofit"])
+        for arm in arms
+        if arm in found
+    ]
