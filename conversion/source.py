@@ -258,19 +258,25 @@ def _read_config(directory: Path) -> PreTrainedConfig:
     _check_num_layers(config_file, config_dict)
     for field in OTHER_FILES & config_dict.keys():  # the library would read these files, which are not checked
         raise ConversionError(f"{config_file}: {field}={_repr(config_dict[field])} names other files; remove it.")
-    make_config = partial(CONFIG_MAPPING[model_type].from_dict, config_dict)
+    make_config = partial(_make_config, config_dict)
     try_out(f"{config_file}: the configuration", make_config)
     try:
         config = make_config()
     except Exception as error:  # constructors raise anything for unexpected values
         raise ConversionError(f"{config_file} makes no {model_type} configuration: {error}") from error
-    if (
-        config.dtype is not None and config.dtype not in quantization.MODEL_DTYPES.values()
-    ):  # no model computes in float8
+    if config.dtype is not None and config.dtype not in quantization.MODEL_DTYPES.values():  # float8 is for storage
         raise ConversionError(
             f"{config_file}: dtype={config.dtype!r}; a floating-point dtype of 16 bits or more is needed."
         )
     return config
+
+
+def _make_config(config_dict: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration that the library reads from a file with these fields. Numbers that JSON does not have, such as
+    infinity, are objects there."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "config.json").write_text(json.dumps(config_dict), encoding="utf-8")
+        return CONFIG_MAPPING[config_dict["model_type"]].from_pretrained(directory)
 
 
 def _check_num_layers(config_file: Path, config_dict: dict[str, Any]) -> None:

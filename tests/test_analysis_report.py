@@ -17,7 +17,7 @@ import pytest
 import torch
 from tiny import random_tokens, randomize, retrofit, tiny_model
 
-from attnres import AttnResForCausalLM
+from attnres import AttnResForCausalLM, DepthAttention
 from attnres.analysis import AnalysisError, DepthStatistics, Layout, depth_maps, inspect_checkpoint
 from attnres.conversion import convert
 from attnres.examples.demo import CHECKPOINT
@@ -112,12 +112,12 @@ def test_64_layers_make_a_page_below_3_mb() -> None:
     weights = [torch.randn(1, 80, layout.num_visible(r), generator=generator).softmax(-1) for r in range(129)]
     statistics.add(weights, random_tokens(1, 80))
     maps = DepthMaps.of(statistics)
-    values = torch.randn(129, 8, generator=generator)
+    depth = DepthAttention(129, 8)
     magnitudes = Magnitudes(64, False)
     magnitudes.sums += 1
     magnitudes.num_tokens = 1
     tokens = tuple(str(token) for token in maps.token_ids)
-    found = [Inspection("large", maps, tokens, parameters(layout, values, values), magnitudes, None)]
+    found = [Inspection("large", maps, tokens, parameters(layout, depth), magnitudes, None)]
     page = report.page(found, list(report.make_figures(found, None)), {})
     assert len(page.encode()) < 3_000_000
 
