@@ -35,7 +35,11 @@ SHAPES = {  # configuration, decoder layers, hidden, MLP, heads, key-value heads
     "llama-8b": (LlamaConfig, 32, 4096, 14336, 32, 8, 128, 128256, False),
     "tiny": (Qwen3Config, 4, 128, 256, 4, 2, 32, 1024, True),
 }
-BLOCKS = {"block": {"num_blocks": 8}, "full": {"block_size": 1}}
+BLOCKS: dict[str, dict[str, Any]] = {
+    "block": {"num_blocks": 8},
+    "full": {"block_size": 1},
+    "heads": {"num_blocks": 8, "depth_attention": {"num_heads": 8}},
+}
 CONTEXT, DECODED = 512, 4
 COMPILED, REDUCED = ", compiled", ", reduce-overhead"
 

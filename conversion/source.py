@@ -160,7 +160,7 @@ def open_source(source: str | os.PathLike, revision: str | None = None, allow_pi
     except (TypeError, ValueError, OSError) as error:
         if isinstance(error, ConversionError):
             raise
-        raise ConversionError(f"source {source!r} is no path and no Hub id: {error}") from error
+        raise ConversionError(f"source {_repr(source)} is no path and no Hub id: {error}") from error
     try:
         return _open(source, directory, allow_pickle)
     except OSError as error:  # the directory cannot be listed
