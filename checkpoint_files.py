@@ -169,7 +169,7 @@ def check_loaded(model: Any, info: Any, files: list[str], is_lenient: bool) -> N
         model (`PreTrainedModel`): the model.
         info (`LoadStateDictInfo`): what the library says of the tensors it read.
         files (`list[str]`): the files of the weights.
-        is_lenient (`bool`): whether the caller takes tensors of other shapes.
+        is_lenient (`bool`): whether the caller takes tensors that are missing or of other shapes.
 
     Raises:
         AttnResError: a tensor is missing, of another shape, or of depth and not finite; the message names it.

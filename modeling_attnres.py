@@ -24,6 +24,7 @@ its input from depth and writes its output to depth, where it used to add to one
 from __future__ import annotations
 
 import os
+from contextvars import ContextVar
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ from .configuration_attnres import (
 from .depth_attention import DepthAttention
 from .residual_stream import DepthRecorder
 from .rewiring import decoder_layers, rewire
+
+_ASKS_FOR_INFO: ContextVar[bool] = ContextVar("_ASKS_FOR_INFO", default=False)  # of the load that is going on
 
 
 class AttnResPreTrainedModel(PreTrainedModel):
@@ -122,24 +125,31 @@ class AttnResPreTrainedModel(PreTrainedModel):
         retrofitted while it is loaded.
 
         Raises:
-            AttnResError: an AttnRes checkpoint in a directory is damaged; the message names file and tensor.
+            AttnResError: an AttnRes checkpoint in a directory is damaged; the message names file and tensor. With
+                `output_loading_info=True` the caller learns what is missing, and judges it.
         """
         path = pretrained_model_name_or_path
+        asks_for_info = bool(kwargs.get("output_loading_info"))
         is_from_files = kwargs.get("state_dict") is None and kwargs.get("gguf_file") is None
-        if is_from_files and isinstance(path, (str, os.PathLike)) and os.path.isdir(path):
+        if is_from_files and not asks_for_info and isinstance(path, (str, os.PathLike)) and os.path.isdir(path):
             check_checkpoint(Path(path, kwargs.get("subfolder") or ""), kwargs.get("variant"))
         if cls.backbone_class is None and isinstance(config, PreTrainedConfig):
             return cls.of_backbone(config).from_pretrained(
                 pretrained_model_name_or_path, *args, config=config, **kwargs
             )
-        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        token = _ASKS_FOR_INFO.set(asks_for_info)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        finally:
+            _ASKS_FOR_INFO.reset(token)
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> Any:
         """The library reads the tensors here, before it takes memory for those that are missing or of other shapes."""
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
         if state_dict is None and checkpoint_files:
-            check_loaded(model, loaded[0], checkpoint_files, load_config.ignore_mismatched_sizes)
+            is_lenient = load_config.ignore_mismatched_sizes or _ASKS_FOR_INFO.get()
+            check_loaded(model, loaded[0], checkpoint_files, is_lenient)
         return loaded
 
     def post_init(self) -> None:
