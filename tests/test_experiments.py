@@ -150,6 +150,9 @@ def test_the_method_gives_the_papers_laws() -> None:
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
+CORPUS: dict[str, str] = {}  # of the study that is run
+
+
 def fake_result(run: Any, *_: Any) -> dict[str, Any]:
     fields = ("study", "arm", "seed", "stage", "depth", "backbone", "training")
     width = run.backbone.get("hidden_size", 0)
@@ -162,6 +165,7 @@ def fake_result(run: Any, *_: Any) -> dict[str, Any]:
         "parameters": 10**6 + 10_000 * width,
         "validation_loss": loss,
         "magnitudes": magnitudes if run.magnitudes else None,
+        "corpus": {"sha256": CORPUS.get("sha256"), "packages": {}},
     }
 
 
@@ -175,6 +179,8 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
         return fake_result(run)
 
     monkeypatch.setattr(runner, "_in_process", run)
+    preset = PRESETS["smoke"]
+    CORPUS["sha256"] = make_corpus(tmp_path / "text", preset.training_bytes, preset.validation_bytes).sha256
     kwargs: dict[str, Any] = dict(output=tmp_path, work=tmp_path / "text", report=lambda line: None)
     with pytest.raises(TrainingError, match="stopped"):
         run_study("retrofit", "smoke", **kwargs)
@@ -185,6 +191,11 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run_study("retrofit", "smoke", **kwargs) == 0
     assert len(done) == 6
     assert run_study("blocks", "smoke", minutes=0, **kwargs) == 4
+    CORPUS["sha256"] = "other"
+    monkeypatch.setattr(runner, "_in_process", lambda run, *_: fake_result(run))
+    run_study("ablation", "smoke", **kwargs)
+    with pytest.raises(TrainingError, match="seed0.json is of another text"):
+        run_study("ablation", "smoke", **kwargs)
 
 
 @pytest.mark.parametrize(("study", "arm"), [("retrofit", "sum"), ("ablation", "Full")])

@@ -79,6 +79,12 @@ def run_study(
     end = None if minutes is None else time.monotonic() + 60 * minutes
     with TemporaryDirectory() as scratch, ThreadPoolExecutor(workers) as pool:
         corpus = make_corpus(work or Path(scratch) / "corpus", preset.training_bytes, preset.validation_bytes)
+        for key, result in results_of(directory).items():
+            if result["corpus"]["sha256"] != corpus.sha256:
+                raise TrainingError(
+                    f"{directory / key}.json is of another text ({_versions(result['corpus']['packages'])}) than there "
+                    f"is here ({_versions(corpus.packages)}). Install those versions, or give another output."
+                )
         running: dict[Future[dict[str, Any]], Run] = {}
         while True:
             losses = {key: result["validation_loss"] for key, result in results_of(directory).items()}
@@ -98,6 +104,10 @@ def run_study(
                 temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
                 temporary.replace(directory / f"{run.key}.json")
                 report(f"{study} {run.key}: {result['validation_loss']:.4f} in {result['seconds']:.0f} s")
+
+
+def _versions(packages: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in packages.items())
 
 
 def _in_process(run: Run, corpus: Corpus, threads: int) -> dict[str, Any]:
