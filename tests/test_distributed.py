@@ -1,0 +1,221 @@
+"""Pipelines of several processes compute what one process does, and send what the paper's equations say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from tiny import VARIATIONS, random_tokens, retrofit, tiny_model
+
+from attnres import AttnResError
+from attnres.configuration_attnres import UnsupportedBackboneError
+from attnres.distributed import cut
+from attnres.rewiring import decoder_layers
+
+HERE = Path(__file__).parent
+
+# -- stages, without processes -----------------------------------------------------------------------------------------
+
+PER_LAYER = ("plain", "switched", "reordered", "single", "no_experts")
+SHARED_LAYERS = dict.fromkeys(("shared_layers", "shared_layer"), "num_kv_shared_layers")
+REFUSED: dict[str, dict[str, str]] = {
+    "gemma4_text": dict.fromkeys(PER_LAYER, "hidden_size_per_layer_input") | SHARED_LAYERS,
+    "gemma4_unified_text": SHARED_LAYERS,
+    "glm_moe_dsa": {"shared_indexer": "shared indexers"},
+    "zaya": dict.fromkeys(("plain", *VARIATIONS["zaya"]), "routers"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", VARIATIONS)
+def test_stages_in_a_row_are_the_model(family: str) -> None:
+    """Every architecture that is supported, and its variations, cut behind each layer, or refused by name."""
+    for name, overrides in {"plain": {}, **VARIATIONS[family]}.items():
+        backbone = tiny_model(family, **overrides)
+        model = retrofit(backbone, random_queries=True, block_size=1 if name == "single" else 3)
+        num_stages = len(decoder_layers(model))
+        if reason := REFUSED.get(family, {}).get(name):
+            with pytest.raises(UnsupportedBackboneError, match=reason):
+                cut(model, num_stages)
+            continue
+        stages = cut(model, num_stages)
+        tokens = random_tokens()
+        expected = model(tokens).logits
+        wire: Any = (tokens,)
+        for stage in stages:
+            assert all(type(tensor) is torch.Tensor for tensor in wire)
+            wire = stage(*wire)
+        tolerance = 2e-5 * max(1.0, expected.std().item())
+        torch.testing.assert_close(wire, expected, atol=tolerance, rtol=1e-5, msg=f"{family} {name}")
+
+
+def test_only_the_first_stage_embeds_and_only_the_last_has_a_head() -> None:
+    """The names are those of the whole model, each is on one stage, and no parameter is a copy."""
+    model = retrofit(tiny_model("llama"), block_size=2)
+    whole = dict(model.named_parameters())
+    stages = cut(model, 4)
+    names = [{name for name, _ in stage.model.named_parameters()} for stage in stages]
+    assert set.union(*names) == whole.keys()
+    for index, stage in enumerate(stages):
+        for name, parameter in stage.model.named_parameters():
+            assert parameter is whole[name]
+        assert ("model.embed_tokens.weight" in names[index]) == (index == 0)
+        assert ("model.norm.weight" in names[index]) == (index == 3)
+        assert ("lm_head.weight" in names[index]) == (index == 3)
+        others = set.union(*names[:index], *names[index + 1 :])
+        assert {name.rpartition(".")[0] for name in names[index] & others} == {"model.depth_attention"}
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "starts"), [(0, None), (5, None), (2, [0]), (2, [1, 2]), (2, [0, 0]), (2, [2, 0]), (2, [0, 4])]
+)
+def test_cuts_that_are_refused(num_stages: int, starts: list[int] | None) -> None:
+    with pytest.raises(AttnResError, match="4 decoder layers cannot be cut"):
+        cut(retrofit(tiny_model("llama")), num_stages, starts)
+
+
+def test_without_a_head_it_is_refused() -> None:
+    with pytest.raises(AttnResError, match="no language model head"):
+        cut(retrofit(tiny_model("llama")).model, 2)
+
+
+# -- pipelines of processes --------------------------------------------------------------------------------------------
+
+BASE: dict[str, Any] = dict(
+    family="llama",
+    backbone={},
+    layers=4,
+    stages=2,
+    block_size=3,
+    depth={},
+    dtype="float64",
+    schedule="ScheduleInterleaved1F1B",
+    microbatches=4,
+    cache="all",
+    placement="loop",
+    starts=None,
+    checkpointing=None,
+    padded=False,
+)
+
+
+def traffic_case(num_ranks: int, laps: int, blocks: int, kept: str) -> dict[str, Any]:
+    """One layer of two sublayers a stage, so that N_p is 1 or 2 blocks."""
+    stages = num_ranks * laps
+    case = dict(layers=stages, stages=stages, block_size=2 // blocks, cache=kept, microbatches=num_ranks)
+    return case | dict(schedule="ScheduleInterleaved1F1B" if laps > 1 else "Schedule1F1B")
+
+
+TRAFFIC = {
+    f"traffic, V={laps}, N_p={blocks}, cache {kept}": (laps, blocks, kept)
+    for laps in (1, 2, 3)
+    for blocks, kept in [(1, "none"), (1, "received"), (1, "all"), (2, "received"), (2, "none")]
+    if laps == 2 or blocks == 1
+}
+V_STAGES = dict(stages=4, placement="v", microbatches=4)
+LAPS = dict(stages=4, backbone=dict(tie_word_embeddings=True))
+CASES: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "gpipe": dict(schedule="ScheduleGPipe"),
+        "1f1b": dict(schedule="Schedule1F1B", family="qwen3"),
+        "float32": dict(dtype="float32", schedule="Schedule1F1B"),
+        "one stage a layer, caches": LAPS,
+        "no cache": LAPS | dict(cache="none"),
+        "cache received": LAPS | dict(cache="received"),
+        "looped bfs": LAPS | dict(schedule="ScheduleLoopedBFS"),
+        "full attnres": LAPS | dict(block_size=1),
+        "a block longer than a stage": LAPS | dict(block_size=8),
+        "three laps": dict(layers=7, stages=6, block_size=5),
+        "uneven": dict(layers=6, stages=4, starts=[0, 1, 4, 5], block_size=4),
+        "recomputed": LAPS | dict(checkpointing="non-reentrant"),
+        "recomputed, reentrant": LAPS | dict(checkpointing="reentrant"),
+        "eager": LAPS | dict(depth=dict(depth_attention_implementation="eager")),
+        "input queries, heads": LAPS | dict(depth=dict(query="input", num_heads=2)),
+        "padded": LAPS | dict(padded=True),
+        "kimi linear": dict(family="kimi_linear", stages=4, dtype="float32"),
+        "qwen3 moe": dict(family="qwen3_moe", stages=4, dtype="float32"),
+        "gpt2": dict(family="gpt2", stages=4, backbone=dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
+    },
+    4: {
+        "laps": dict(layers=8, stages=8, block_size=3, backbone=dict(tie_word_embeddings=True)),
+        "1f1b": dict(schedule="Schedule1F1B", stages=4, family="qwen3"),
+    },
+}
+for _num_ranks, _cases in CASES.items():
+    _cases |= {name: traffic_case(_num_ranks, *row) for name, row in TRAFFIC.items()}
+
+
+def start(num_ranks: int, directory: Path, cases: dict[str, dict[str, Any]], *more: str) -> list[subprocess.Popen]:
+    (directory / "cases.json").write_text(json.dumps({name: BASE | case for name, case in cases.items()}))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, str(HERE / "run_pipeline.py")]
+    return [
+        subprocess.Popen(
+            [*program, str(rank), str(num_ranks), str(directory), *more],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+@cache
+def results(num_ranks: int) -> dict[str, list[dict[str, Any]]]:
+    """By case, what each rank found. All cases run in the same processes, which take seconds to start."""
+    with TemporaryDirectory() as directory:
+        processes = start(num_ranks, Path(directory), CASES[num_ranks])
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        for process, output in zip(processes, outputs):
+            assert process.returncode == 0, output[-6000:]
+        return json.loads(Path(directory, "results.json").read_text())
+
+
+@pytest.mark.parametrize(("num_ranks", "name"), [(ranks, name) for ranks, cases in CASES.items() for name in cases])
+def test_a_pipeline_computes_what_one_process_does(num_ranks: int, name: str) -> None:
+    """Losses and all gradients, twice in a row; and nothing is left in a cache."""
+    case = BASE | CASES[num_ranks][name]
+    for rank in results(num_ranks)[name]:
+        assert rank["error"] < (1e-10 if case["dtype"] == "float64" else 1e-5), rank["where"]
+        assert rank["left"] == 0
+
+
+@pytest.mark.parametrize("num_ranks", CASES)
+@pytest.mark.parametrize("name", TRAFFIC)
+def test_traffic_is_that_of_the_equations(num_ranks: int, name: str) -> None:
+    """Elements that ranks handed to send operations, forward and backward, per token and channel."""
+    laps, blocks, kept = TRAFFIC[name]
+    stages = num_ranks * laps
+    first_lap = num_ranks * (num_ranks - 1) // 2 * blocks
+    expected = {
+        "none": stages * (stages - 1) // 2 * blocks,  # Eq. 7
+        "received": first_lap + (laps - 1) * num_ranks**2 * blocks,  # Eq. 8
+        "all": first_lap + (laps - 1) * num_ranks * (num_ranks - 1) * blocks,
+    }[kept]
+    embedding = stages - 1 if kept == "none" else num_ranks - 1  # the equations leave it out
+    for direction in ("forward", "backward"):
+        sent = sum(rank["sent"][direction] for rank in results(num_ranks)[name])
+        case = BASE | CASES[num_ranks][name]
+        tokens, hidden_size = 2 * 7 * case["microbatches"], 32
+        assert sent == (expected + embedding) * tokens * hidden_size
+
+
+def test_a_killed_rank_stops_the_others(tmp_path: Path) -> None:
+    processes = start(4, tmp_path, {"laps": CASES[4]["laps"]}, "10", "2")
+    began = time.monotonic()
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert time.monotonic() - began < 60
+    for rank, (process, output) in enumerate(zip(processes, outputs)):
+        assert process.returncode == (-9 if rank == 2 else 1), output[-3000:]
+        assert rank == 2 or "Error" in output
+    assert not (tmp_path / "results.json").exists()
