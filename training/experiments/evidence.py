@@ -93,6 +93,8 @@ def difference(losses: Mapping[str, Mapping[int, float]], arm: str, baseline: st
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; all columns but the first are aligned right."""
+    if not rows:
+        return "Not run yet."
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
