@@ -20,6 +20,7 @@ complete then, and is sent once.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -151,7 +152,7 @@ class AttnResPipelineStage(PipelineStage):
             module, index, plan.num_stages, device, input_args=input_args, output_args=output_args, group=group
         )
         self.stage_index_to_group_rank = {stage: plan.rank_of(stage) for stage in range(plan.num_stages)}
-        self.local, self.cache = local, local.cache
+        self.local, self.cache, self.passage = local, local.cache, module.passage
         self.known = plan.known[index]
         self.kept = plan.kept[index]
         self.known_to_next = 0 if self.is_last else plan.known[index + 1]
@@ -160,6 +161,7 @@ class AttnResPipelineStage(PipelineStage):
         own_stages = plan.stages_of(plan.rank_of(index))
         self.is_last_of_rank = index == own_stages[-1]
         self.leaves: dict[int, list[torch.Tensor]] = {}
+        self.queries: dict[int, torch.Tensor] = {}
         self.microbatch = 0
         local.stages.append(self)
 
@@ -181,6 +183,9 @@ class AttnResPipelineStage(PipelineStage):
                 self.leaves[self.microbatch] = cached
         wire = (*cached, *args)
         outputs = super().forward_maybe_with_nosync(*wire, **kwargs)
+        query, self.passage.query = self.passage.query, None
+        if query is not None and query.requires_grad and self.has_backward:
+            self.queries[self.microbatch] = query
         if self.is_last:
             self.keep(wire)
             return outputs
@@ -213,12 +218,22 @@ class AttnResPipelineStage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        leaves = self.leaves.pop(bwd_chunk_id, [])
-        if not full_backward and leaves:
-            # The backward for inputs alone computes gradients of those that it is told of.
+        leaves, query = self.leaves.pop(bwd_chunk_id, []), self.queries.pop(bwd_chunk_id, None)
+        is_split = self.has_backward and not full_backward and not self.is_first
+        if is_split:
+            # The backward for inputs alone computes gradients of those that it is told of. The queries are among them,
+            # because all reads share them, and the backward for weights goes through each part of a graph once.
             outputs, inputs = self.fwd_cache[bwd_chunk_id]
-            self.fwd_cache[bwd_chunk_id] = (outputs, [*inputs, *leaves])
-        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+            self.fwd_cache[bwd_chunk_id] = (outputs, [*inputs, *leaves, *([] if query is None else [query])])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+            if is_split and query is not None:
+                groups = self.backward_state[bwd_chunk_id][1]
+                groups[:] = [group for group in groups if "grads" in group]  # not those behind the queries
+                gradient, query.grad = query.grad, None
+                if gradient is not None:
+                    query.backward(gradient)
         if not self.has_backward or self.is_first:
             return
         for index, leaf in enumerate(leaves):
@@ -238,6 +253,7 @@ class AttnResPipelineStage(PipelineStage):
         super().clear_runtime_states()
         self.cache.clear()
         self.leaves.clear()
+        self.queries.clear()
         self.local.scaled.clear()
 
 

@@ -26,10 +26,16 @@ from ..rewiring import decoder_layers
 
 
 class Passage:
-    """What the module of a stage and the layers at its ends hand to each other during one forward."""
+    """What the parts of a stage hand to each other during one forward.
+
+    Attributes:
+        entering (`tuple[Any, ...]`, *optional*): the flattened state for the first layer of the stage.
+        query (`torch.Tensor`, *optional*): the queries that layers read with, `[reads, hidden]`, of the last forward.
+    """
 
     def __init__(self) -> None:
         self.entering: tuple[Any, ...] | None = None
+        self.query: torch.Tensor | None = None
 
 
 class LeftStageError(Exception):
@@ -144,6 +150,12 @@ class StageModule(nn.Module):
                 layer.__dict__.update(passage=self.passage, enters=enters, leaves=leaves)
             parts.append(layer)
         base._modules[structure.layers] = nn.ModuleList(parts)
+
+        def depth_query() -> torch.Tensor:
+            self.passage.query = query = type(base).depth_query(base)
+            return query
+
+        base.__dict__["depth_query"] = depth_query
         return part
 
     def wire_size(self, depth: int) -> int:
@@ -201,9 +213,11 @@ def cut(model: Any, num_stages: int, starts: Sequence[int] | None = None) -> lis
         `list[StageModule]`: the stages. Stage k + 1 takes what stage k returns.
 
     Raises:
-        AttnResError: the model has no head, or the layers cannot be divided like this.
+        AttnResError: it is no AttnRes model, it has no head, or the layers cannot be divided like this.
         UnsupportedBackboneError: layers of the backbone hand each other more than the state of depth.
     """
+    if getattr(model.config, "depth_attention", None) is None:
+        raise AttnResError(f"{type(model).__name__} is no AttnRes model; convert it first (attnres convert).")
     layers = decoder_layers(model)
     if model.get_output_embeddings() is None:
         raise AttnResError(f"{type(model).__name__} has no language model head; give split() an AttnResForCausalLM.")

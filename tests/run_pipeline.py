@@ -60,6 +60,9 @@ def make_model(case: dict[str, Any]) -> Any:
     backbone = tiny_model(case["family"], num_hidden_layers=case["layers"], **case["backbone"])
     model = retrofit(backbone, random_queries=True, block_size=case["block_size"], **case["depth"])
     model.to(getattr(torch, case["dtype"])).train()
+    if case["frozen"]:
+        model.requires_grad_(False)
+        model.depth_attention.requires_grad_(True)
     if case["checkpointing"] is not None:
         model.gradient_checkpointing_enable({"use_reentrant": case["checkpointing"] == "reentrant"})
     return model
@@ -84,7 +87,8 @@ def run(case: dict[str, Any], dies: bool) -> dict[str, Any]:
     if case["padded"]:
         kwargs["attention_mask"] = torch.ones_like(tokens)
         kwargs["attention_mask"][:, :3] = 0
-    expected = next_token_loss(whole(tokens, use_cache=False, **kwargs).logits, tokens)
+    logits = whole(tokens, use_cache=False, **kwargs).logits
+    expected = next_token_loss(logits, tokens)
     expected.backward()
 
     stages = split(
@@ -112,13 +116,18 @@ def run(case: dict[str, Any], dies: bool) -> dict[str, Any]:
         for stage in stages:
             for name, parameter in stage.submod.model.named_parameters():
                 errors[f"{name} of step {step}"] = difference(parameter.grad, wanted[name].grad)
+    if case["evaluates"]:
+        evaluated = schedule.eval(*args, **(ends | {"losses": None} if ends else {}), **kwargs)
+        if has_last:
+            errors["logits"] = difference(evaluated, logits)
     cache = stages[0].cache
     return {
         "error": max(errors.values()),
         "where": max(errors, key=errors.__getitem__),
         "sent": dict(SENT),
-        "left": len(cache.sources) + len(cache.gradients) + sum(len(stage.leaves) for stage in stages),
-        "names": sorted({name for stage in stages for name in stage.submod.model.state_dict()}),
+        "left": len(cache.sources)
+        + len(cache.gradients)
+        + sum(len(stage.leaves) + len(stage.queries) for stage in stages),
     }
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny import VARIATIONS, random_tokens, retrofit, tiny_model
 
-from attnres import AttnResError
+from attnres import AttnResError, convert
 from attnres.configuration_attnres import UnsupportedBackboneError
 from attnres.distributed import cut
 from attnres.rewiring import decoder_layers
@@ -83,9 +83,11 @@ def test_cuts_that_are_refused(num_stages: int, starts: list[int] | None) -> Non
         cut(retrofit(tiny_model("llama")), num_stages, starts)
 
 
-def test_without_a_head_it_is_refused() -> None:
+def test_other_models_are_refused() -> None:
     with pytest.raises(AttnResError, match="no language model head"):
         cut(retrofit(tiny_model("llama")).model, 2)
+    with pytest.raises(AttnResError, match="no AttnRes model"):
+        cut(tiny_model("llama"), 2)
 
 
 # -- pipelines of processes --------------------------------------------------------------------------------------------
@@ -105,6 +107,8 @@ BASE: dict[str, Any] = dict(
     starts=None,
     checkpointing=None,
     padded=False,
+    frozen=False,
+    evaluates=False,
 )
 
 
@@ -123,12 +127,15 @@ TRAFFIC = {
 }
 V_STAGES = dict(stages=4, placement="v", microbatches=4)
 LAPS = dict(stages=4, backbone=dict(tie_word_embeddings=True))
+EAGER = dict(depth=dict(depth_attention_implementation="eager"))
+KIMI = dict(family="kimi_linear", stages=4, dtype="float32")
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "gpipe": dict(schedule="ScheduleGPipe"),
         "1f1b": dict(schedule="Schedule1F1B", family="qwen3"),
         "float32": dict(dtype="float32", schedule="Schedule1F1B"),
-        "one stage a layer, caches": LAPS,
+        "one stage a layer, caches": LAPS | dict(evaluates=True),
+        "depth parameters alone": LAPS | dict(frozen=True),
         "no cache": LAPS | dict(cache="none"),
         "cache received": LAPS | dict(cache="received"),
         "looped bfs": LAPS | dict(schedule="ScheduleLoopedBFS"),
@@ -138,12 +145,19 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "uneven": dict(layers=6, stages=4, starts=[0, 1, 4, 5], block_size=4),
         "recomputed": LAPS | dict(checkpointing="non-reentrant"),
         "recomputed, reentrant": LAPS | dict(checkpointing="reentrant"),
-        "eager": LAPS | dict(depth=dict(depth_attention_implementation="eager")),
+        "eager": LAPS | EAGER,
         "input queries, heads": LAPS | dict(depth=dict(query="input", num_heads=2)),
         "padded": LAPS | dict(padded=True),
-        "kimi linear": dict(family="kimi_linear", stages=4, dtype="float32"),
+        "kimi linear": KIMI,
         "qwen3 moe": dict(family="qwen3_moe", stages=4, dtype="float32"),
         "gpt2": dict(family="gpt2", stages=4, backbone=dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
+        "interleaved zero bubble": LAPS | dict(schedule="ScheduleInterleavedZeroBubble"),
+        "zero bubble, eager": LAPS | EAGER | dict(schedule="ScheduleInterleavedZeroBubble"),
+        "zero bubble, kimi linear": KIMI | dict(schedule="ScheduleInterleavedZeroBubble"),
+        "zero bubble, recomputed": LAPS | dict(schedule="ScheduleInterleavedZeroBubble", checkpointing="non-reentrant"),
+        "zero bubble v": V_STAGES | dict(schedule="ScheduleZBVZeroBubble"),
+        "zero bubble v, tied": V_STAGES | LAPS | dict(schedule="ScheduleZBVZeroBubble"),
+        "dual pipe v": V_STAGES | dict(schedule="ScheduleDualPipeV", family="qwen3"),
     },
     4: {
         "laps": dict(layers=8, stages=8, block_size=3, backbone=dict(tie_word_embeddings=True)),
@@ -154,14 +168,17 @@ for _num_ranks, _cases in CASES.items():
     _cases |= {name: traffic_case(_num_ranks, *row) for name, row in TRAFFIC.items()}
 
 
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+
+
 def start(num_ranks: int, directory: Path, cases: dict[str, dict[str, Any]], *more: str) -> list[subprocess.Popen]:
     (directory / "cases.json").write_text(json.dumps({name: BASE | case for name, case in cases.items()}))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     program = [sys.executable, str(HERE / "run_pipeline.py")]
     return [
         subprocess.Popen(
             [*program, str(rank), str(num_ranks), str(directory), *more],
-            env=environment,
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -219,3 +236,20 @@ def test_a_killed_rank_stops_the_others(tmp_path: Path) -> None:
         assert process.returncode == (-9 if rank == 2 else 1), output[-3000:]
         assert rank == 2 or "Error" in output
     assert not (tmp_path / "results.json").exists()
+
+
+def test_the_program_of_the_page_runs(tmp_path: Path) -> None:
+    page = (HERE.parent / "docs" / "distributed.md").read_text(encoding="utf-8")
+    (tmp_path / "pipeline.py").write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    convert(HERE.parent / "examples" / "tiny-qwen3", tmp_path / "model", num_blocks=4, verify="none")
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pipeline.py"]
+    finished = subprocess.run(
+        [*program, "model"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert finished.stdout.count("loss") == 3
