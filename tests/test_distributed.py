@@ -253,3 +253,17 @@ def test_the_program_of_the_page_runs(tmp_path: Path) -> None:
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     assert finished.stdout.count("loss") == 3
+
+
+# -- tensor parallel ---------------------------------------------------------------------------------------------------
+
+
+def test_tensor_parallel_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
+    """`tp_plan="auto"` on two ranks, logits and all gradients: dense, experts, latent attention."""
+    families = ("llama", "qwen3_moe", "deepseek_v3")
+    for family in families:
+        retrofit(tiny_model(family), random_queries=True, block_size=3).save_pretrained(tmp_path / family)
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program += [str(HERE / "run_tensor_parallel.py"), *families]
+    finished = subprocess.run(program, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stderr[-6000:]
