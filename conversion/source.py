@@ -30,7 +30,7 @@ from transformers.modeling_utils import str_to_torch_dtype
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from ..checkpoint_files import MAX_JSON_VALUES
+from ..checkpoint_files import DEPTH_MODULE, MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_UNUSED
 from ..configuration_attnres import AttnResConfig, supported_backbone
 from . import quantization, refusals
 from .confinement import try_out
@@ -59,16 +59,13 @@ COMPANIONS = (
     "vocab.*",
 )
 CARD = "README.md"
-DEPTH_MODULE = "depth_attention"  # the module of the depth parameters, as a part of their names
 DEPTH_SHARD = "model-attnres.safetensors"
 
-# What a file may claim: bytes of an index, a header or a companion (indices of the largest models have some 20 MB),
-# decoder layers, dimensions of a tensor (as many as torch has), and sizes in the configuration that no tensor has (of
-# parts that are switched off).
-MAX_FILE_BYTES = 64 * 2**20
+# What a file may claim: bytes of an index, a header or a companion, decoder layers, and dimensions of a tensor (as many
+# as torch has).
+MAX_FILE_BYTES = MAX_JSON_BYTES
 MAX_LAYERS = 1000
 MAX_DIMENSIONS = 64
-MAX_UNUSED = 2**15
 
 # By their names in safetensors; complex and scale dtypes are ones that Transformers loads but does not list.
 DTYPES = {**str_to_torch_dtype, "C64": torch.complex64, "F8_E8M0": torch.float8_e8m0fnu}

@@ -104,10 +104,21 @@ def _unpacked(name: str, content: Any, budget: list[int], nesting: int) -> Itera
             yield from _unpacked(label, inner, budget, nesting - 1)
     except PackedError:
         raise
-    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+    except BROKEN_ARCHIVE as error:
         raise PackedError(f"{name} is an archive that cannot be read ({error}); mend or remove it.") from error
-    except (zlib.error, lzma.LZMAError, tarfile.TarError) as error:
-        raise PackedError(f"{name} is an archive that cannot be read ({error}); mend or remove it.") from error
+
+
+# What the readers of archives raise: for damaged, encrypted and truncated ones, and for methods they do not have.
+BROKEN_ARCHIVE = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    tarfile.TarError,
+)
 
 
 def _members(content: Any, budget: list[int]) -> Iterator[tuple[str, bytes]]:

@@ -162,6 +162,15 @@ def finetune(
         )
 
 
+def with_depth(backbone: Any, fields: Mapping[str, Any]) -> AttnResConfig:
+    """The configuration of a decoder with depth attention; `fields` are arguments of [`AttnResConfig`] and variants."""
+    arguments = dict(fields)
+    variant = {name: arguments.pop(name) for name in DEPTH_VARIANTS if name in arguments}
+    config = AttnResConfig(backbone_config=backbone, depth_attention=variant, **arguments)
+    config.architectures = ["AttnResForCausalLM"]
+    return config
+
+
 def load_model(directory: Path, config: Any) -> Any:
     """A causal language model in the dtypes that its checkpoint has."""
     model_class = AttnResForCausalLM if isinstance(config, AttnResConfig) else AutoModelForCausalLM
@@ -197,10 +206,7 @@ def _configuration(directory: Path, checkpoint: Any, depth: Mapping[str, Any] | 
             raise TrainingError(f"depth has {unknown[0]!r}; there are: {', '.join(known)}.")
         config = source.config
         if not plain:
-            arguments = {"mix": "sum", **(depth or {})}
-            variant = {name: arguments.pop(name) for name in DEPTH_VARIANTS if name in arguments}
-            config = AttnResConfig(backbone_config=config, depth_attention=variant, **arguments)
-            config.architectures = ["AttnResForCausalLM"]
+            config = with_depth(config, {"mix": "sum", **(depth or {})})
         config.dtype = config.dtype or torch.float32
     if method := quantization_method(config):
         raise TrainingError(f"{checkpoint} is quantised by {method}; train the checkpoint that it was made from.")

@@ -13,13 +13,13 @@ import yaml
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, set_seed
 
-from ..configuration_attnres import DEPTH_VARIANTS, AttnResConfig, AttnResError
+from ..configuration_attnres import AttnResConfig, AttnResError
 from ..modeling_attnres import AttnResForCausalLM
 from . import baselines
 from .data import load_data
 from .engine import check_output, claimed, process_state, quiet, run
 from .errors import TrainingError
-from .finetuning import as_list, load_tokenizer
+from .finetuning import as_list, load_tokenizer, with_depth
 from .report import TrainingReport, versions
 from .saving import Origin, save_model, whole_state
 from .settings import TrainingSettings
@@ -245,10 +245,7 @@ def make_model(backbone: PreTrainedConfig, section: ModelSection, seed: int) -> 
         seed (`int`): of the weights.
     """
     if section.residual == "attnres":
-        arguments = dict(section.depth_attention)
-        variant = {name: arguments.pop(name) for name in DEPTH_VARIANTS if name in arguments}
-        config = AttnResConfig(backbone_config=backbone, depth_attention=variant, **arguments)
-        config.architectures = ["AttnResForCausalLM"]
+        config = with_depth(backbone, section.depth_attention)
     try:
         set_seed(seed)
         plain = AutoModelForCausalLM.from_config(backbone).float()
