@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -332,6 +333,8 @@ def finetune(
     keep_checkpoints: Annotated[
         bool, typer.Option("--keep-checkpoints", help="Keep the optimizer's states in the end.")
     ] = False,
+    pipeline: Annotated[int, typer.Option(help="Processes that hold one model together, each a stage.")] = 1,
+    virtual_stages: Annotated[int, typer.Option(help="Stages on each process of a pipeline.")] = 1,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run in OUTPUT.")] = False,
 ) -> None:
@@ -379,6 +382,8 @@ def finetune(
         seed=seed,
         tensorboard=tensorboard,
         keep_checkpoints=keep_checkpoints,
+        pipeline=pipeline,
+        virtual_stages=virtual_stages,
         revision=revision,
         overwrite=overwrite,
         console=error_console,
@@ -392,12 +397,21 @@ def train(
     output: Annotated[
         Path | None, typer.Option(help="Directory to write to, instead of the file's.", show_default=False)
     ] = None,
+    pipeline: Annotated[
+        int | None, typer.Option(help="Processes that hold one model together, each a stage.", show_default=False)
+    ] = None,
+    virtual_stages: Annotated[
+        int | None, typer.Option(help="Stages on each process of a pipeline.", show_default=False)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run there.")] = False,
 ) -> None:
     """Train a model from scratch: AttnRes, a variant of it, or a baseline, over any decoder."""
     from . import training
 
     run = training.RunConfig.read(config)
+    given: dict[str, Any] = {"pipeline": pipeline, "virtual_stages": virtual_stages}
+    settings = replace(run.training, **{name: value for name, value in given.items() if value is not None})
+    run = replace(run, training=settings)
     output = output or Path(run.output)
     _print_training(training.train(run, output=output, overwrite=overwrite, console=error_console), output)
 

@@ -106,6 +106,7 @@ class StageModule(nn.Module):
         first_sublayer (`int`): number of sublayers that have written before the stage.
         next_sublayer (`int`): number of sublayers that have written after it.
         block_size (`int`): sublayers per block, the paper's S.
+        dtype (`torch.dtype`): of the wire form and the logits, that of the word embedding.
     """
 
     def __init__(self, model: PreTrainedModel, start: int, stop: int):
@@ -115,6 +116,8 @@ class StageModule(nn.Module):
         self.first_sublayer: int = layers[start].first_sublayer
         self.next_sublayer: int = layers[stop - 1].next_sublayer
         self.block_size: int = model.config.depth_attention["block_size"]
+        embedding: Any = model.get_input_embeddings()
+        self.dtype: torch.dtype = embedding.weight.dtype
         self.passage = Passage()
         self.model = self._part_of(model, start, stop)
         self.training = model.training
@@ -190,10 +193,11 @@ class StageModule(nn.Module):
         try:
             outputs = self.model(use_cache=False, return_dict=True, **kwargs)
         except LeftStageError as left:
-            return DepthState.unflatten(left.state).to_wire()
+            # A partial sum of one sublayer is of lower precision under autocast; receivers expect one dtype.
+            return tuple(tensor.to(self.dtype) for tensor in DepthState.unflatten(left.state).to_wire())
         finally:
             self.passage.entering = None
-        return outputs.logits
+        return outputs.logits.to(self.dtype)
 
 
 def cut(model: Any, num_stages: int, starts: Sequence[int] | None = None) -> list[StageModule]:

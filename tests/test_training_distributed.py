@@ -1,4 +1,4 @@
-"""Training in two processes, launched by Accelerate with the configurations that are included, as in one."""
+"""Training in several processes as in one: by Accelerate with the included configurations, or as a pipeline."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from attnres import convert
+from attnres.cli import app
 
 pytest.importorskip("trl", reason="TRL is in the extra `train`")
 
@@ -30,10 +34,10 @@ COMMON += " --learning-rate 1e-3 --no-tensorboard --keep-checkpoints"
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted checkpoint of two layers, and text."""
+    """A converted checkpoint of four layers, and text."""
     directory = tmp_path_factory.mktemp("distributed")
-    model = AutoModelForCausalLM.from_pretrained(SOURCE, num_hidden_layers=2, dtype=torch.float32)
-    model.config.layer_types = model.config.layer_types[:2]
+    model = AutoModelForCausalLM.from_pretrained(SOURCE, num_hidden_layers=4, dtype=torch.float32)
+    model.config.layer_types = model.config.layer_types[:4]
     model.save_pretrained(directory / "plain")
     AutoTokenizer.from_pretrained(SOURCE).save_pretrained(directory / "plain")
     convert(directory / "plain", directory / "converted", num_blocks=2, verify="none")
@@ -44,20 +48,41 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def start(directory: Path, output: str, *more: str, config: str | None = None) -> TrainingReport:
-    """What `attnres finetune` reports, of one process or of two."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m", "attnres.training"]
-    if config is not None:
-        program = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
-        # The port of the test's own worker, so that several can run at once.
-        port = 29500 + os.getpid() % 2000
-        program += ["--num_processes", "2", "--main_process_port", str(port)]
-        program += [str(HERE / "train_with_fsdp2.py")] if config == "fsdp2.yaml" else ["-m", "attnres.training"]
+def launched(config: str | None, processes: int = 2) -> list[str]:
+    """The command before `finetune`: of one process, of Accelerate with a configuration, or of torchrun."""
+    if config is None:
+        return [sys.executable, "-m", "attnres.training"]
+    # The port of the test's own worker, so that several can run at once.
+    port = str(29500 + os.getpid() % 2000)
+    if config == "torchrun":
+        program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        return [*program, "--master-port", port, "-m", "attnres.training"]
+    program = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
+    program += ["--num_processes", str(processes), "--main_process_port", port]
+    return [*program, *([str(HERE / "train_with_fsdp2.py")] if config == "fsdp2.yaml" else ["-m", "attnres.training"])]
+
+
+def command(output: str, *more: str, config: str | None = None, processes: int = 2) -> list[str]:
+    """`attnres finetune` with eight sequences per step, of one process or more."""
     arguments = ["--debug", "finetune", "converted", "--data", "text", "--output", output, *COMMON.split(), *more]
-    arguments += ["--batch-size", "8" if config is None else "4"]
+    if "--batch-size" not in more:
+        arguments += ["--batch-size", "8" if config is None else "4"]
+    return launched(config, processes) + arguments
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+
+
+def start(directory: Path, output: str, *more: str, config: str | None = None, processes: int = 2) -> TrainingReport:
+    """What `attnres finetune` reports, of one process or of several."""
     finished = subprocess.run(
-        program + arguments, env=environment, cwd=directory, capture_output=True, text=True, timeout=300
+        command(output, *more, config=config, processes=processes),
+        env=environment(),
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert finished.returncode == 0, finished.stderr[-6000:]
     report = TrainingReport.read(directory / output)
@@ -96,22 +121,109 @@ def test_two_processes_train_as_one(config: str, more: list[str], directory: Pat
     assert expected.validation is not None
     assert expected.validation["after"]["loss"] < expected.validation["before"]["loss"]
     assert_same(actual, expected)
-    ours, theirs = tensors(directory / f"{name}-two"), tensors(directory / f"{name}-alone")
-    assert ours.keys() == theirs.keys() == tensors(directory / "converted").keys()
+    assert_same_tensors(directory / f"{name}-two", directory / f"{name}-alone", directory / "converted")
+    if config == "fsdp2.yaml" and not more:
+        resume(directory, f"{name}-two", "resumed", actual, config="fsdp2.yaml")
+        resume(directory, f"{name}-two", "resumed-alone", actual, atol=1e-5)
+
+
+PIPELINE = ("--batch-size", "2", "--accumulation", "4", "--pipeline", "2")
+
+
+@pytest.mark.parametrize(
+    ("more", "processes"),
+    [
+        ([], 2),
+        (["--virtual-stages", "2", "--gradient-checkpointing"], 2),
+        pytest.param(["--optimizer", "muon"], 2, marks=pytest.mark.slow),
+        pytest.param(["--train", "depth"], 2, marks=pytest.mark.slow),
+        pytest.param(["--train", "lora", "--merge", "--learning-rate", "1e-2"], 2, marks=pytest.mark.slow),
+        pytest.param([], 4, marks=pytest.mark.slow),
+    ],
+    ids=["1F1B", "interleaved", "muon", "depth", "lora", "two pipelines"],
+)
+def test_a_pipeline_trains_as_one_process(more: list[str], processes: int, directory: Path) -> None:
+    name = "-".join(["pipeline", str(processes), *more])
+    split = list(PIPELINE if processes == 2 else ("--batch-size", "2", "--accumulation", "2", "--pipeline", "2"))
+    alone = [word for word in more if word not in ("--virtual-stages", "2")]
+    expected = start(directory, f"{name}-alone", *alone)
+    actual = start(directory, f"{name}-split", *more, *split, config="torchrun", processes=processes)
+    assert_same(actual, expected)
+    assert_same_tensors(directory / f"{name}-split", directory / f"{name}-alone", directory / "converted")
+    if not more and processes == 2:
+        # On the same processes, on one, and on two pipelines.
+        resume(directory, f"{name}-split", "again", actual, *split, config="torchrun")
+        resume(directory, f"{name}-split", "again-alone", actual, atol=1e-5)
+        resume(directory, f"{name}-alone", "again-split", expected, *split, atol=1e-5, config="torchrun")
+
+
+def assert_same_tensors(actual: Path, expected: Path, source: Path) -> None:
+    ours, theirs = tensors(actual), tensors(expected)
+    assert ours.keys() == theirs.keys() == tensors(source).keys()
     for key, tensor in theirs.items():
         torch.testing.assert_close(ours[key], tensor, atol=1e-3, rtol=1e-3)
-    if config == "fsdp2.yaml" and not more:
-        check_resumed(directory, f"{name}-two", actual)
 
 
-def check_resumed(directory: Path, output: str, whole: TrainingReport) -> None:
-    """The run as it was after two of its four steps goes on, and ends at the same losses."""
-    resumed = directory / "resumed"
-    resumed.mkdir()
+def unfinished(directory: Path, output: str, copy: str) -> None:
+    """A run as it was after two of its four steps."""
+    (directory / copy).mkdir()
     report = json.loads((directory / output / "attnres_training.json").read_text(encoding="utf-8"))
     report |= {"finished": False, "losses": []}
-    (resumed / "attnres_training.json").write_text(json.dumps(report), encoding="utf-8")
-    shutil.copytree(directory / output / "checkpoints" / "checkpoint-2", resumed / "checkpoints" / "checkpoint-2")
-    again = start(directory, "resumed", config="fsdp2.yaml")
+    (directory / copy / "attnres_training.json").write_text(json.dumps(report), encoding="utf-8")
+    kept = Path("checkpoints") / "checkpoint-2"
+    shutil.copytree(directory / output / kept, directory / copy / kept)
+
+
+def resume(
+    directory: Path, output: str, copy: str, whole: TrainingReport, *more: str, atol: float = 1e-6, **where: str
+) -> None:
+    """The run as it was after two of its four steps goes on, and ends at the same losses."""
+    unfinished(directory, output, copy)
+    again = start(directory, copy, *more, **where)  # type: ignore[arg-type]
     assert again.steps == 4
+    torch.testing.assert_close(torch.tensor(again.losses), torch.tensor(whole.losses), atol=atol, rtol=0)
+
+
+def test_a_killed_rank_ends_all_and_the_last_checkpoint_goes_on(directory: Path) -> None:
+    """One of two ranks dies after the first checkpoint; torchrun ends the other, and the same command goes on."""
+    more = [*PIPELINE, "--steps", "40", "--save-every", "2"]
+    whole = start(directory, "unkilled", *more, config="torchrun")
+    running = subprocess.Popen(
+        command("killed", *more, config="torchrun"),
+        env=environment(),
+        cwd=directory,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    checkpoints = directory / "killed" / "checkpoints"
+    while running.poll() is None and not list(checkpoints.glob("checkpoint-*")):
+        time.sleep(0.1)
+    assert running.poll() is None, "it ended before its first checkpoint"
+    rank = psutil.Process(running.pid).children()[-1]
+    rank.kill()
+    assert running.wait(timeout=120) != 0
+    report = TrainingReport.read(directory / "killed")
+    assert report is not None
+    assert not report.finished
+    again = start(directory, "killed", *more, config="torchrun")
     torch.testing.assert_close(torch.tensor(again.losses), torch.tensor(whole.losses), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--pipeline", "2"], "torchrun --nproc-per-node 2"),
+        (["--pipeline", "4", "--accumulation", "2"], "at least 4"),
+        (["--pipeline", "2", "--virtual-stages", "2", "--accumulation", "3"], "a multiple of 2"),
+        (["--virtual-stages", "2"], "is for a pipeline"),
+        (["--pipeline", "2", "--accumulation", "2", "--packing", "bfd"], "many shapes"),
+    ],
+)
+def test_senseless_pipelines_are_refused(more: list[str], message: str, directory: Path) -> None:
+    if more == ["--pipeline", "2"]:
+        more = [*more, "--accumulation", "2"]
+    arguments = ["finetune", str(directory / "converted"), "--data", str(directory / "text"), "--output"]
+    result = CliRunner().invoke(app, [*arguments, str(directory / "refused"), *more])
+    assert result.exit_code != 0
+    assert message in " ".join(str(result.exception).split())
+    assert not (directory / "refused").exists()

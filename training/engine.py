@@ -28,6 +28,7 @@ from ..configuration_attnres import AttnResError
 from ..model_cards.card import TRAINING_REPORT
 from .data import Data
 from .errors import TrainingError
+from .pipeline import PipelineTrainer
 from .report import TrainingReport
 from .settings import TrainingSettings
 from .trainer import DepthTrainer, LastStep, ProgressBar, sync_tree
@@ -43,11 +44,32 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+def num_replicas(settings: TrainingSettings) -> int:
+    """How many copies of the model are trained together: processes, or pipelines of several.
+
+    Raises:
+        TrainingError: the processes do not make whole pipelines, or the settings make no pipeline.
+    """
+    world = process_state().num_processes
+    if settings.pipeline > 1 and _env_says("ACCELERATE_USE_FSDP"):
+        raise TrainingError("A pipeline and FSDP do not go together here; launch the pipeline with torchrun.")
+    if world % settings.pipeline:
+        raise TrainingError(
+            f"pipeline={settings.pipeline} needs that many processes, or a multiple of them, and there are {world}; "
+            f"start it with torchrun --nproc-per-node {settings.pipeline} -m attnres.training ..."
+        )
+    return world // settings.pipeline
+
+
 def runs_in_bfloat16(settings: TrainingSettings) -> bool:
     """Whether the forward runs under bfloat16 autocast, see [`TrainingSettings`]."""
     if settings.precision == "auto":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return settings.precision == "bf16"
+
+
+def _env_says(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1", "yes")
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -165,7 +187,7 @@ def run(
     arguments = _arguments(data, settings, learning_rates[0], checkpoints, last is None)
     bar = ProgressBar(console) if console is not None and state.is_main_process else None
     try:
-        trainer = DepthTrainer(
+        trainer = (PipelineTrainer if settings.pipeline > 1 else DepthTrainer)(
             settings=settings,
             learning_rates=learning_rates,
             model=model,
@@ -204,14 +226,16 @@ def _arguments(data: Data, settings: TrainingSettings, learning_rate: float, dir
     packing = settings.packing
     if packing == "auto":
         packing = "wrapped" if data.kind == "text" else "none"
+    is_pipeline = settings.pipeline > 1  # one batch of all microbatches, which have one shape
     # FSDP's own recomputation is switched on in its configuration, and both at once are one too many.
-    is_recomputed = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() in ("true", "1", "yes")
+    is_recomputed = _env_says("FSDP_ACTIVATION_CHECKPOINTING")
     try:
         return SFTConfig(
             output_dir=str(directory),
-            per_device_train_batch_size=settings.batch_size,
+            per_device_train_batch_size=settings.batch_size * (settings.accumulation if is_pipeline else 1),
             per_device_eval_batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.accumulation,
+            gradient_accumulation_steps=1 if is_pipeline else settings.accumulation,
+            pad_to_multiple_of=settings.sequence_length if is_pipeline else None,
             max_steps=settings.steps or -1,
             num_train_epochs=settings.epochs,
             learning_rate=learning_rate,
@@ -330,4 +354,4 @@ def _deliver(
     return report
 
 
-__all__ = ["check_output", "claimed", "process_state", "quiet", "run", "runs_in_bfloat16"]
+__all__ = ["check_output", "claimed", "num_replicas", "process_state", "quiet", "run", "runs_in_bfloat16"]

@@ -22,10 +22,10 @@ from ..conversion.source import DEPTH_MODULE, find_checkpoint, open_source, read
 from ..conversion.tokenizer import TOKENIZER_FILES
 from ..modeling_attnres import AttnResForCausalLM
 from .data import load_data
-from .engine import check_output, claimed, process_state, quiet, run, runs_in_bfloat16
+from .engine import check_output, claimed, num_replicas, quiet, run, runs_in_bfloat16
 from .errors import TrainingError
 from .report import TrainingReport, versions
-from .saving import Origin, save_adapter, save_model, whole_state
+from .saving import Origin, save_adapter, save_model
 from .settings import MODES, TrainingSettings
 
 
@@ -111,7 +111,7 @@ def finetune(
             "held_out": validation if isinstance(validation, float) else None,
         },
         settings=chosen.fixed() | dict(zip(("learning_rate", "depth_learning_rate"), learning_rates)),
-        processes=process_state().num_processes,
+        processes=num_replicas(chosen),
         versions=versions(),
     )
     with quiet(), claimed(target, report, overwrite) as report:
@@ -133,7 +133,7 @@ def finetune(
                 parameter.requires_grad_(train == "full" or DEPTH_MODULE in name.split("."))
 
         def save(trainer: Any, stage: Path) -> None:
-            trained, state = whole_state(trainer)
+            trained, state = trainer.whole_state()
             if not trainer.args.should_save:
                 return
             if train != "lora":

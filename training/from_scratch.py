@@ -17,11 +17,11 @@ from ..configuration_attnres import AttnResConfig, AttnResError
 from ..modeling_attnres import AttnResForCausalLM
 from . import baselines
 from .data import load_data
-from .engine import check_output, claimed, process_state, quiet, run
+from .engine import check_output, claimed, num_replicas, quiet, run
 from .errors import TrainingError
 from .finetuning import as_list, load_tokenizer, with_depth
 from .report import TrainingReport, versions
-from .saving import Origin, save_model, whole_state
+from .saving import Origin, save_model
 from .settings import TrainingSettings
 
 RESIDUALS = ("attnres", "plain", *baselines.BASELINES)
@@ -190,7 +190,7 @@ def train(
         },
         data={"kind": rows.kind, "files": rows.files, "held_out": held_out},
         settings=settings.fixed() | dict(zip(("learning_rate", "depth_learning_rate"), learning_rates)),
-        processes=process_state().num_processes,
+        processes=num_replicas(settings),
         versions=versions(),
     )
     with quiet(), claimed(target, report, overwrite) as report:
@@ -200,7 +200,7 @@ def train(
         origin = Origin(None, saved_config, {})
 
         def save(trainer: Any, stage: Path) -> None:
-            trained, state = whole_state(trainer)
+            trained, state = trainer.whole_state()
             if trainer.args.should_save:
                 save_model(trained, state, origin, tokenizer, stage)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ class TrainingReport:
         model: what else says which model it was: its configuration of depth, and what identifies its weights.
         data: the kind of the data, and for each file its name and SHA-256.
         settings: of the run, see [`TrainingSettings`], and the peak learning rates that it had.
-        processes: how many processes trained together.
+        processes: how many copies of the model were trained together: processes, or pipelines of several.
         versions: of the packages that did it.
         finished: whether the output is complete. What follows is known then.
         steps, tokens: optimizer steps, and tokens that were seen (without padding).
@@ -88,10 +89,13 @@ class TrainingReport:
             raise TrainingError(f"{path} is not what a training writes: {error}") from error
 
     def fixed(self) -> dict[str, Any]:
-        """What must be the same when the run is resumed, by dotted names."""
-        parts = {"source": self.source, "processes": self.processes}
+        """What must be the same when the run is resumed, by dotted names. Of the sizes of batches it is their product:
+        more processes may share it, if each of them is given less."""
+        parts: dict[str, Any] = {"source": self.source}
         for name in ("method", "model", "data", "settings"):
             parts |= flatten(getattr(self, name), f"{name}.")
+        sizes = [parts.pop(f"settings.{name}") for name in ("batch_size", "accumulation")]
+        parts["sequences per step (batch_size x accumulation x processes)"] = self.processes * math.prod(sizes)
         return json.loads(json.dumps(parts))
 
 

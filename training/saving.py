@@ -39,14 +39,6 @@ class Origin:
     dtypes: Mapping[str, torch.dtype]
 
 
-def whole_state(trainer: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The model of a trainer without what it is wrapped in, and its state dict; of sharded models on the main process
-    alone, and all processes have to call."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else model.state_dict()
-    return model, state
-
-
 def save_model(model: Any, state: dict[str, torch.Tensor], origin: Origin, tokenizer: Any, directory: Path) -> None:
     """Writes a checkpoint: tensor names and shards as the library saves them, depth parameters in a shard of their own
     (`model-attnres.safetensors`), configuration, code, tokenizer, and the card."""

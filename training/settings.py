@@ -42,11 +42,13 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "eval_every": (1, 10**9, True),
     "save_every": (1, 10**9, True),
     "log_every": (1, 10**9, True),
+    "pipeline": (1, 2**16, True),
+    "virtual_stages": (1, 2**10, True),
     "seed": (0, 2**32 - 1, True),
 }
 OPTIONAL = ("steps", "sequence_length", "learning_rate", "depth_learning_rate", "eval_every", "completion_only")
 # These change what is shown and kept, not what is learned, so a resumed run may have others.
-FREE_TO_CHANGE = ("tensorboard", "keep_checkpoints")
+FREE_TO_CHANGE = ("tensorboard", "keep_checkpoints", "pipeline", "virtual_stages")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,9 @@ class TrainingSettings:
         seed (`int`, defaults to 42): of the order of the data, of new weights and of dropout.
         tensorboard (`bool`, defaults to `True`): write logs for TensorBoard to `runs` in the output.
         keep_checkpoints (`bool`, defaults to `False`): keep the states of the optimizer after the last step.
+        pipeline (`int`, defaults to 1):
+            Processes that hold one model together, each a stage. The forwards of `accumulation` are its microbatches.
+        virtual_stages (`int`, defaults to 1): stages on each of these processes.
 
     Raises:
         TrainingError: a value is out of range; the message names the field, the value and what is allowed.
@@ -116,6 +121,8 @@ class TrainingSettings:
     seed: int = 42
     tensorboard: bool = True
     keep_checkpoints: bool = False
+    pipeline: int = 1
+    virtual_stages: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -133,6 +140,22 @@ class TrainingSettings:
                 )
         if self.assistant_only and self.packing == "wrapped":
             raise TrainingError('assistant_only and packing="wrapped" do not go together: dialogues would be cut.')
+        self._check_pipeline()
+
+    def _check_pipeline(self) -> None:
+        if self.pipeline == 1:
+            if self.virtual_stages > 1:
+                raise TrainingError(f"virtual_stages={self.virtual_stages} is for a pipeline; give pipeline, too.")
+            return
+        is_interleaved = self.virtual_stages > 1
+        if self.accumulation % self.pipeline if is_interleaved else self.accumulation < self.pipeline:
+            raise TrainingError(
+                f"accumulation={self.accumulation}: the forwards of a step are the microbatches of the pipeline, and "
+                f"pipeline={self.pipeline} needs {'a multiple of' if is_interleaved else 'at least'} {self.pipeline}. "
+                "Raise accumulation, and lower batch_size as much."
+            )
+        if self.packing == "bfd":
+            raise TrainingError('packing="bfd" makes batches of many shapes, and a pipeline needs one; choose another.')
 
     def _check(self, name: str, value: Any) -> None:
         if value is None and name in OPTIONAL:

@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
-from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as distributed_checkpoint
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from .data import tokens_per_byte
 from .errors import TrainingError
 from .optimizers import make_optimizer, parameter_groups
 from .settings import TrainingSettings
 
-TRAINED = "trained.safetensors"  # the parameters that learn, by their names in memory
+STATE = "state"  # the parameters that learn, and what the optimizer knows of them, by their names in memory
 UNFINISHED = ".unfinished"
 CHECKPOINTS_KEPT = 2
+WRAPPERS = frozenset(("_checkpoint_wrapped_module", "_orig_mod"))  # of activation checkpointing and compilation
 
 
 class DepthTrainer(SFTTrainer):
     """TRL's `SFTTrainer` with a learning rate for depth parameters. Differences from it:
 
-    - a checkpoint appears at once and whole, and holds only the parameters that learn, by their names in memory;
+    - a checkpoint appears at once and whole, and holds only the parameters that learn, by their names in memory, so
+      another number of processes can go on from it;
     - a loss or a gradient that is not finite raises [`TrainingError`] before it reaches the weights;
     - `evaluate` gives the mean loss per token and bits per byte, over every example once;
     - nothing is told to anybody else.
@@ -50,6 +56,7 @@ class DepthTrainer(SFTTrainer):
     control: Any
     data_collator: Any
     eval_dataset: Any
+    lr_scheduler: Any
     model: Any
     optimizer: Any
     state: Any
@@ -59,6 +66,8 @@ class DepthTrainer(SFTTrainer):
         self._run_directory: Path | None = None
         self._tokens_per_byte: float | None = None
         super().__init__(**kwargs)
+        # TRL's head also takes the entropy of every prediction, which is a fifth of the step of a small model.
+        add_fused_lm_head(self._decoder, outputs=("log_probs",))
         if self.eval_dataset is not None:
             self._tokens_per_byte = tokens_per_byte(self.eval_dataset, self._tokenizer)
 
@@ -91,6 +100,21 @@ class DepthTrainer(SFTTrainer):
 
     # -- losses that are not finite ------------------------------------------------------------------------------------
 
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The mean loss per token of the optimizer step, and the loss over routers where the model has one."""
+        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = model(**inputs, **extra, use_cache=False, fused_lm_head=True)
+        num_tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = -outputs.log_probs.sum() / torch.as_tensor(num_tokens).clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # they are counted over all, and gradients are averaged
+        if self.aux_loss_enabled:
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+        return (loss, outputs) if return_outputs else loss
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._check_finite(loss, "loss", model, inputs)
@@ -110,12 +134,19 @@ class DepthTrainer(SFTTrainer):
         if not is_bad.item():
             return
         rates = ", ".join(f"{group['lr']:.3g}" for group in self.optimizer.param_groups)
-        largest = largest_activation(self, model, self._last_inputs if inputs is None else inputs)
+        largest = self._largest_activation(model, self._last_inputs if inputs is None else inputs)
         raise TrainingError(
             f"Step {self.state.global_step + 1}: the {what} is {value.item()}, at the learning rates {rates}. "
             f"{largest} The last checkpoint, of the step before or earlier, is in {self.args.output_dir}. Look at the "
             "data of this step, or start again into another output with smaller learning rates."
         )
+
+    def _largest_activation(self, model: Any, inputs: Any) -> str:
+        def forward() -> None:
+            with self.compute_loss_context_manager():
+                model(**{k: v for k, v in self._prepare_inputs(dict(inputs)).items() if k != "labels"})
+
+        return largest_activation(model, forward)
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
@@ -125,31 +156,39 @@ class DepthTrainer(SFTTrainer):
         Returns:
             `dict[str, float]`: `eval_loss`, and `eval_bits_per_byte` where the data have text.
         """
-        model, world = self.model, self.args.world_size
-        rows: Any = list(self.eval_dataset.select(range(self.args.process_index, len(self.eval_dataset), world)))
-        if len(rows) < math.ceil(len(self.eval_dataset) / world):  # all processes run as many forwards
-            filler = dict(self.eval_dataset[0])
-            rows.append({**filler, "labels": [-100] * len(filler["labels"])})
-        loader: DataLoader = DataLoader(
-            rows, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator
-        )
-        totals = torch.zeros(2, dtype=torch.float64)
-        was_training = model.training
-        model.eval()
-        for inputs in loader:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = model(**self._prepare_inputs(inputs), use_cache=False, fused_lm_head=True)
-            totals += torch.stack([-outputs.log_probs.double().sum(), outputs.label_mask.double().sum()]).cpu()
-        if world > 1:
-            totals = self.accelerator.reduce(totals.to(self.args.device), "sum")
-        loss = (totals[0] / totals[1]).item()
+        loss_sum, num_tokens = self._evaluation_totals()
+        loss = loss_sum / num_tokens
         metrics = {f"{metric_key_prefix}_loss": loss}
         if self._tokens_per_byte is not None:
             metrics[f"{metric_key_prefix}_bits_per_byte"] = loss / math.log(2) * self._tokens_per_byte
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        model.train(was_training)
         return metrics
+
+    def _evaluation_totals(self) -> tuple[float, float]:
+        """The sum of the losses of all tokens of the validation data, and their number."""
+        model = self.model
+        totals = torch.zeros(2, dtype=torch.float64)
+        was_training = model.training
+        model.eval()
+        batch_size = self.args.per_device_eval_batch_size
+        for inputs in self._evaluation_batches(self.args.process_index, self.args.world_size, batch_size):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = model(**self._prepare_inputs(inputs), use_cache=False, fused_lm_head=True)
+            totals += torch.stack([-outputs.log_probs.double().sum(), outputs.label_mask.double().sum()]).cpu()
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals.to(self.args.device), "sum")
+        model.train(was_training)
+        loss_sum, num_tokens = totals.tolist()
+        return loss_sum, num_tokens
+
+    def _evaluation_batches(self, replica: int, num_replicas: int, batch_size: int) -> DataLoader:
+        """The share of the validation data that one of several copies of the model has; all have as many batches."""
+        rows: Any = list(self.eval_dataset.select(range(replica, len(self.eval_dataset), num_replicas)))
+        if len(rows) < math.ceil(len(self.eval_dataset) / num_replicas):
+            filler = dict(self.eval_dataset[0])
+            rows.append({**filler, "labels": [-100] * len(filler["labels"])})
+        return DataLoader(rows, batch_size=batch_size, collate_fn=self.data_collator)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -180,26 +219,73 @@ class DepthTrainer(SFTTrainer):
             self._run_directory = None
         self.accelerator.wait_for_everyone()
 
+    def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that learn and are on this process, or a part of them, by their names in memory."""
+        return {plain_name(name): p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def whole_state(self) -> tuple[Any, dict[str, torch.Tensor]]:
+        """The model without what it is wrapped in, and its state dict; where processes hold parts of it, on the main
+        process alone. All processes call it."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model, self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else model.state_dict()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the parameters that learn. Sharded ones are saved with the optimizer."""
-        if self.args.should_save and not self.is_fsdp_enabled:
-            directory = Path(output_dir or self.args.output_dir)
-            directory.mkdir(parents=True, exist_ok=True)
-            trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
-            save_file(trained, directory / TRAINED)
+        """Parameters are saved with the state of the optimizer."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Saves the parameters that learn and the optimizer's state, each process what it holds of them."""
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self.trained_parameters().items():
+            state[name] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                state[f"{key} of {name}"] = value
+        distributed_checkpoint.save(state, checkpoint_id=os.path.join(output_dir, STATE), no_dist=self._is_alone)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        """Parameters are loaded with the state of the optimizer."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads what [`_save_optimizer_and_scheduler`] saved, on any number of processes."""
+        if checkpoint is None:
             return
-        own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        saved = load_file(Path(resume_from_checkpoint) / TRAINED)
-        if own.keys() != saved.keys():
-            name = min(own.keys() ^ saved.keys())
-            raise TrainingError(f"{resume_from_checkpoint} has other parameters than the model, first {name!r}.")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(saved[name])
+        reader = distributed_checkpoint.FileSystemReader(os.path.join(checkpoint, STATE))
+        try:
+            saved: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise TrainingError(f"{checkpoint} is no checkpoint of such a training: {error}") from error
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self.trained_parameters().items():
+            if name not in saved:
+                raise TrainingError(f"{checkpoint} has other parameters than the model; it lacks {name!r}.")
+            state[name] = parameter.detach()
+            for key, value in saved.items():
+                key, separator, of = key.partition(" of ")
+                if separator and of == name:
+                    like = parameter.detach() if value.size == parameter.shape else torch.empty(value.size)
+                    entry = torch.zeros_like(like, dtype=value.properties.dtype)
+                    state[f"{key} of {name}"] = self.optimizer.state[parameter][key] = entry
+        distributed_checkpoint.load(state, storage_reader=reader, no_dist=self._is_alone)
+        # Learning rates follow from the step alone.
+        self.lr_scheduler.last_epoch = self.state.global_step - 1
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Detected call of `lr_scheduler.step"
+            )  # before the optimizer's first step
+            self.lr_scheduler.step()
+
+    @property
+    def _decoder(self) -> Any:
+        """The model without an adapter around it."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def _is_alone(self) -> bool:
+        return self.args.world_size == 1
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter without what wrappers of its modules add."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def sync(path: Path) -> None:
@@ -218,8 +304,8 @@ def sync_tree(directory: Path) -> None:
 
 
 @torch.no_grad()
-def largest_activation(trainer: Any, model: Any, inputs: Any) -> str:
-    """Runs a forward again and says which module gives the largest value, and the first that gives none that is
+def largest_activation(model: torch.nn.Module, forward: Callable[[], Any]) -> str:
+    """Runs a forward and says which module of a model gives the largest value, and the first that gives one that is not
     finite."""
     largest, where, first_bad = 0.0, "", ""
 
@@ -240,8 +326,7 @@ def largest_activation(trainer: Any, model: Any, inputs: Any) -> str:
 
     handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
     try:
-        with trainer.compute_loss_context_manager():
-            model(**{k: v for k, v in trainer._prepare_inputs(dict(inputs)).items() if k != "labels"})
+        forward()
     finally:
         for handle in handles:
             handle.remove()
