@@ -18,6 +18,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -185,6 +186,7 @@ def run(
     last = get_last_checkpoint(str(checkpoints))
     state = process_state()
     arguments = _arguments(data, settings, learning_rates[0], checkpoints, last is None)
+    set_seed(settings.seed)  # of new weights: those of an adapter
     bar = ProgressBar(console) if console is not None and state.is_main_process else None
     try:
         trainer = (PipelineTrainer if settings.pipeline > 1 else DepthTrainer)(

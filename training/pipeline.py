@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
-from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import Schedule1F1B, ScheduleInterleaved1F1B
@@ -18,7 +16,7 @@ from torch.utils.data import DataLoader
 from ..distributed import reduce_shared_gradients, split
 from .errors import TrainingError
 from .settings import TrainingSettings
-from .trainer import DepthTrainer, largest_activation, plain_name
+from .trainer import DepthTrainer, largest_activation, plain_name, without_tensors
 
 
 class Stages(nn.ModuleList):
@@ -74,9 +72,8 @@ class PipelineTrainer(DepthTrainer):
         self.group, self.data_group = mesh["pipeline"].get_group(), mesh["data"].get_group()
         self.replica, self.num_replicas = mesh["data"].get_local_rank(), world // ranks
         self.names = {id(p): plain_name(name) for name, p in whole.named_parameters()}
-        decoder, self.prefix = (
-            (whole.get_base_model(), "base_model.model.") if isinstance(whole, PeftModel) else (whole, "")
-        )
+        decoder: Any = self._decoder
+        self.prefix = "" if decoder is whole else "base_model.model."  # of names with an adapter around the decoder
         decoder.__dict__.pop("forward", None)  # the one that TRL put there takes the head with it
         self.stages = split(
             decoder,
@@ -95,7 +92,7 @@ class PipelineTrainer(DepthTrainer):
             loss_fn=self._microbatch_loss,
             scale_grads=False,
         )
-        self.model = self.model_wrapped = self.callback_handler.model = without_tensors(whole)
+        self.outline = self.model = self.model_wrapped = self.callback_handler.model = without_tensors(whole)
         own = {id(p) for p in self.modules.parameters()}
         for parameter in whole.parameters():
             if id(parameter) not in own:
@@ -243,7 +240,7 @@ class PipelineTrainer(DepthTrainer):
         names: list[Any] = [None] * ranks
         dist.all_gather_object(names, sorted(own), group=self.group)
         rank, state = dist.get_rank(self.group), {}
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in self.outline.state_dict().items():
             holders = [other for other in range(ranks) if name in names[other]]
             if not holders:
                 raise TrainingError(f"No stage has {name!r} of the model; this is a fault of attnres.training.")
@@ -255,11 +252,4 @@ class PipelineTrainer(DepthTrainer):
                     received = torch.empty_like(tensor, device=self.args.device)
                     dist.recv(received, group=self.group, group_src=holders[0])
                 state[name] = received.cpu()
-        return self.model, state
-
-
-def without_tensors(model: Any) -> Any:
-    """A copy of a model, with parameters and buffers on the device `meta`."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    return copy.deepcopy(model, memo)
+        return self.outline, state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import pickle
@@ -17,6 +18,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
+from torch import nn
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -68,6 +70,8 @@ class DepthTrainer(SFTTrainer):
         super().__init__(**kwargs)
         # TRL's head also takes the entropy of every prediction, which is a fifth of the step of a small model.
         add_fused_lm_head(self._decoder, outputs=("log_probs",))
+        # Wrappers of modules will change their names, and PEFT looks for the names that it knows.
+        self.outline: Any = without_tensors(self.model) if self.is_fsdp_enabled else None
         if self.eval_dataset is not None:
             self._tokens_per_byte = tokens_per_byte(self.eval_dataset, self._tokenizer)
 
@@ -219,15 +223,17 @@ class DepthTrainer(SFTTrainer):
             self._run_directory = None
         self.accelerator.wait_for_everyone()
 
-    def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that learn and are on this process, or a part of them, by their names in memory."""
         return {plain_name(name): p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def whole_state(self) -> tuple[Any, dict[str, torch.Tensor]]:
-        """The model without what it is wrapped in, and its state dict; where processes hold parts of it, on the main
-        process alone. All processes call it."""
+        """The model without what it is wrapped in, and its state dict. Where processes hold parts of it, this model has
+        no tensors, and the main process alone has the state. All processes call it."""
+        if self.is_fsdp_enabled:
+            return self.outline, self.accelerator.get_state_dict(self.model)
         model = self.accelerator.unwrap_model(self.model)
-        return model, self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else model.state_dict()
+        return model, model.state_dict()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Parameters are saved with the state of the optimizer."""
@@ -283,6 +289,13 @@ class DepthTrainer(SFTTrainer):
         return self.args.world_size == 1
 
 
+def without_tensors(model: Any) -> Any:
+    """A copy of a model, with parameters and buffers on the device `meta`."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
 def plain_name(name: str) -> str:
     """The name of a parameter without what wrappers of its modules add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -304,7 +317,7 @@ def sync_tree(directory: Path) -> None:
 
 
 @torch.no_grad()
-def largest_activation(model: torch.nn.Module, forward: Callable[[], Any]) -> str:
+def largest_activation(model: nn.Module, forward: Callable[[], Any]) -> str:
     """Runs a forward and says which module of a model gives the largest value, and the first that gives one that is not
     finite."""
     largest, where, first_bad = 0.0, "", ""
