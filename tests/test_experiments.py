@@ -164,6 +164,8 @@ def fake_result(run: Any, *_: Any) -> dict[str, Any]:
         "tokens": 1000,
         "parameters": 10**6 + 10_000 * width,
         "validation_loss": loss,
+        "validation_losses": [[run.training["steps"] // 2, 2 * loss], [run.training["steps"], loss]],
+        "steps": run.training["steps"],
         "magnitudes": magnitudes if run.magnitudes else None,
         "corpus": {"sha256": CORPUS.get("sha256"), "packages": {}},
     }
@@ -228,6 +230,7 @@ def test_figures_and_tables_of_all_studies(tmp_path: Path) -> None:
     parts = evidence.sections("cpu", found)
     assert all("Not run yet" not in text for text in parts.values())
     assert parts["progress"].count("| 0 |") == len(STUDIES)
+    assert "| sum | 0.0001 | 5 | 3.1501 ± 0.1963 | -0.1000 ± 0.0000 | -0.0500 ± 0.0000 |" in parts["retrofit"]
     drawn = evidence.figures(found)
     assert len(drawn) == 5
     for name, chart in drawn.items():

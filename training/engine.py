@@ -324,6 +324,7 @@ def _finished(report: TrainingReport, trainer: DepthTrainer, seconds: float) -> 
         validation=validation,
         seconds=round(seconds, 2),
         losses=losses,
+        evaluations=tuple((int(entry["step"]), entry["eval_loss"]) for entry in evaluations),
     )
 
 

@@ -36,6 +36,7 @@ class TrainingReport:
         steps, tokens: optimizer steps, and tokens that were seen (without padding).
         train_loss: mean loss of the last logged steps, nats per token.
         validation: `loss` (nats per token) and `bits_per_byte`, `before` the first and `after` the last step.
+        evaluations: `[step, validation loss]` for each evaluation.
         seconds: wall time of the last process that trained, since its last start.
         files: what was written beside the report, by name.
         losses: `[step, loss]` for each logged loss.
@@ -56,6 +57,7 @@ class TrainingReport:
     seconds: float = 0.0
     files: tuple[str, ...] = ()
     losses: tuple[tuple[int, float], ...] = ()
+    evaluations: tuple[tuple[int, float], ...] = ()
 
     def write(self, directory: Path) -> None:
         """Writes the report into a directory, at once."""
@@ -83,8 +85,10 @@ class TrainingReport:
             return None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            losses = tuple((step, loss) for step, loss in values["losses"])
-            return cls(**values | {"files": tuple(values["files"]), "losses": losses})
+            curves = {
+                name: tuple((step, loss) for step, loss in values.get(name, ())) for name in ("losses", "evaluations")
+            }
+            return cls(**values | {"files": tuple(values["files"])} | curves)
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise TrainingError(f"{path} is not what a training writes: {error}") from error
 

@@ -73,12 +73,15 @@ class Mean:
         return number if np.isnan(self.half) else f"{number} ± {self.half:.4f}"
 
 
-def main_losses(results: Results) -> dict[str, dict[int, float]]:
-    """Validation losses of the main runs, by arm and seed."""
+def main_losses(results: Results, halfway: bool = False) -> dict[str, dict[int, float]]:
+    """Validation losses of the main runs, by arm and seed, after the last step or, where it was measured, after half of
+    them."""
     found: dict[str, dict[int, float]] = {}
     for result in results.values():
-        if result["stage"] == "main":
-            found.setdefault(result["arm"], {})[result["seed"]] = result["validation_loss"]
+        curve = dict(map(tuple, result["validation_losses"]))
+        step = result["steps"] // 2 if halfway else result["steps"]
+        if result["stage"] == "main" and step in curve:
+            found.setdefault(result["arm"], {})[result["seed"]] = curve[step]
     return found
 
 
@@ -101,15 +104,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def retrofit_table(results: Results) -> str:
     losses = main_losses(results)
+    halfway = main_losses(results, halfway=True)
     rates = {r["arm"]: r["training"] for r in results.values() if r["stage"] == "main"}
     rows = []
     for arm in RETROFIT:
         if arm in losses:
             rate = "" if arm == BASELINE else f"{rates[arm]['depth_learning_rate']:g}"
             mean = Mean.of(list(losses[arm].values()))
-            against = "" if arm == BASELINE else difference(losses, arm).text(signed=True)
-            rows.append([arm, rate, str(mean.count), mean.text(), against])
-    return table(["arm", "depth learning rate", "seeds", "validation loss", "minus plain"], rows)
+            gaps = ["" if arm == BASELINE else difference(of, arm).text(signed=True) for of in (halfway, losses)]
+            rows.append([arm, rate, str(mean.count), mean.text(), *gaps])
+    header = ["arm", "depth learning rate", "seeds", "validation loss", "minus plain, halfway", "minus plain"]
+    return table(header, rows)
 
 
 def grid_table(results: Results) -> str:
