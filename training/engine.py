@@ -291,6 +291,7 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # for checkpoints of one process
             yield
     finally:
         for name, level in loggers.items():
