@@ -6,7 +6,10 @@
 It needs no network and no installation of this package: the directory that holds it is enough, with torch 2.11 and
 Transformers 5.17 or newer. What a machine lacks (pytest, wrapt, the packages to compare with) can be brought as wheels:
 
-    pip download --no-deps --dest WHEELS fla-core einops liger-kernel flash-attn-res fast-attnres pytest pluggy wrapt
+    pip download --no-deps --dest WHEELS fla-core einops liger-kernel flash-attn-res fast-attnres pytest pluggy \
+        iniconfig wrapt
+
+Triton 3.6 interprets kernels with numpy before 2.3 alone; on a device it does not matter.
 
 Each step is a process of its own, so that one that crashes or hangs costs only itself. They are in the order of their
 worth; one that wants more time than is left is passed over. `summary.json` is written after every step, and every step
@@ -77,6 +80,7 @@ STEPS = (
     model("qwen3-0.6b-full", "qwen3-0.6b", EAGER, "triton", kind="full", least=20, most=60),
     model("llama-8b-graphs", "llama-8b", ("decode",), "triton, reduce-overhead", least=60, most=180),
     model("qwen3-0.6b-torch", "qwen3-0.6b", EAGER, "two_phase", least=20, most=60),
+    model("qwen3-0.6b-heads", "qwen3-0.6b", EAGER, "triton", kind="heads", least=20, most=60),
 )
 _TOY_OPERATION = ["--device", "cpu", "--tokens", "8", "--hidden", "32", "--sources", "2", "--reads", "3"]
 _TOY_OPERATION += ["--candidate", "triton", "two_phase", "eager", "Kimi K3 form"]
@@ -179,6 +183,12 @@ def main() -> None:
         )
     output = arguments.output.resolve()
     environment = prepare(output, arguments.wheels)
+    try:
+        import pytest  # noqa: F401
+
+        import attnres  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error}: bring it as a wheel (--wheels); without it no step can run.") from error
     from rich.console import Console
 
     console = Console()
