@@ -27,10 +27,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage
+from torch.nn.parallel import DistributedDataParallel
 
 from ..configuration_attnres import AttnResError
-from .stages import StageModule, cut
+from ..rewiring import decoder_layers
+from .stages import Placeholder, StageModule, cut
 
 CACHES = ("none", "received", "all")
 PLACEMENTS = ("loop", "v")
@@ -112,12 +116,16 @@ class LocalStages:
         shared (`list[tuple[nn.Parameter, dist.ProcessGroup | None]]`):
             Parameters that stages of several ranks hold, each with the group of these ranks; on all of them in the same
             order.
+        whole (`list[nn.Parameter]`): parameters that [`shard`] left whole, so that FSDP2 does not average gradients.
+        data_groups (`list[dist.ProcessGroup]`): over which FSDP2 averages the gradients of all others.
     """
 
     def __init__(self) -> None:
         self.stages: list[AttnResPipelineStage] = []
         self.cache = SourceCache()
         self.shared: list[tuple[nn.Parameter, Any]] = []
+        self.whole: list[nn.Parameter] = []
+        self.data_groups: list[Any] = []
         self.scaled: set[int] = set()  # stages whose gradients were scaled in this step
 
     def scale_gradients(self, stage: AttnResPipelineStage, factor: int) -> None:
@@ -134,7 +142,7 @@ class LocalStages:
 class AttnResPipelineStage(PipelineStage):
     """A stage of a pipeline that sends what the next rank lacks, and takes the rest from the cache of its own rank.
 
-    Made by [`split`]. Its `submod` is a [`StageModule`], which may be wrapped (FSDP2, DDP).
+    Made by [`split`]. Its `submod` is a [`StageModule`], or DDP around one.
     """
 
     def __init__(
@@ -218,6 +226,12 @@ class AttnResPipelineStage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
+        if not full_backward and isinstance(self.submod, DistributedDataParallel):
+            raise AttnResError(
+                f"stage {self.stage_index} is wrapped in DDP, and the schedule computes gradients of parameters apart "
+                "from those of inputs (zero bubble). DDP does not see such gradients, and would not average them. Use "
+                "FSDP2, attnres.distributed.shard(stages, mesh), or another schedule."
+            )
         leaves, query = self.leaves.pop(bwd_chunk_id, []), self.queries.pop(bwd_chunk_id, None)
         is_split = self.has_backward and not full_backward and not self.is_first
         if is_split:
@@ -346,6 +360,47 @@ def shared_parameters(
     return shared
 
 
+def shard(stages: Sequence[AttnResPipelineStage], mesh: DeviceMesh, **options: Any) -> None:
+    """Shards the stages of this rank over data parallel ranks (FSDP2), in place. Each decoder layer is a group, and
+    what else the stage has is another.
+
+    Parameters that are in several stages stay whole on each rank: those of depth attention, and a word embedding that
+    is tied to the head. FSDP2 could shard them for one stage only. [`reduce_shared_gradients`] averages their gradients
+    over the data parallel ranks. All gradients are then those of the mean over these ranks.
+
+    Args:
+        stages (`Sequence[AttnResPipelineStage]`): what [`split`] returned on this rank.
+        mesh (`DeviceMesh`): the ranks that have the same stages and other data, one or two dimensions (HSDP).
+        options:
+            What else `fully_shard` takes. `reshard_after_forward` is `False` by default: it is the schedule that says
+            when a stage is needed no longer, and the backwards of zero bubble schedules want the parameters.
+
+    Raises:
+        AttnResError: `mp_policy` has a dtype of parameters; what stages send each other has the dtype of the model.
+    """
+    if options.get("mp_policy", MixedPrecisionPolicy()).param_dtype is not None:
+        raise AttnResError(
+            "shard(mp_policy=...): FSDP2 would cast what stages send each other, whose dtype was fixed by split(). "
+            "Leave param_dtype out, and compute the step under torch.autocast, or load the model in that dtype."
+        )
+    local = stages[0].local
+    options = {"reshard_after_forward": False, **options}
+    local.whole, local.data_groups = parameters_of_several_stages(local), mesh.get_all_groups()
+    for stage in stages:
+        layers = [layer for layer in decoder_layers(stage.submod.model) if not isinstance(layer, Placeholder)]
+        for module in (*layers, stage.submod):
+            fully_shard(module, mesh=mesh, ignored_params=set(local.whole), **options)
+
+
+def parameters_of_several_stages(local: LocalStages) -> list[nn.Parameter]:
+    """The parameters of this rank that other stages have too, on this rank or on others."""
+    found = {parameter: 2 for parameter, _ in local.shared}
+    for stage in local.stages:
+        for parameter in stage.submod.parameters():
+            found[parameter] = found.get(parameter, 0) + 1
+    return [parameter for parameter, number in found.items() if number > 1]
+
+
 def reduce_shared_gradients(stages: Sequence[AttnResPipelineStage]) -> None:
     """Sums the gradients of parameters that stages of several ranks hold: those of depth attention, of which each stage
     uses the rows of its own reads, and a word embedding that is tied to the head. All ranks call this after a step,
@@ -356,13 +411,33 @@ def reduce_shared_gradients(stages: Sequence[AttnResPipelineStage]) -> None:
 
     Args:
         stages (`Sequence[AttnResPipelineStage]`): what [`split`] returned on this rank.
+
+    Raises:
+        AttnResError: the stages were sharded with `fully_shard`, not with [`shard`].
     """
-    for parameter, group in stages[0].local.shared:
-        if not parameter.requires_grad:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad, group=group)
+    local = stages[0].local
+    if not local.data_groups and any(
+        isinstance(part, FSDPModule) for stage in stages for part in stage.submod.modules()
+    ):
+        raise AttnResError(
+            "the stages were sharded with fully_shard(), which does not know that they share parameters. Shard them "
+            "with attnres.distributed.shard(stages, mesh)."
+        )
+    for parameter in local.whole:
+        for group in local.data_groups:
+            if (gradient := gradient_or_zeros(parameter)) is not None:
+                dist.all_reduce(gradient, group=group)
+                gradient.div_(dist.get_world_size(group))
+    for parameter, group in local.shared:
+        if (gradient := gradient_or_zeros(parameter)) is not None:
+            dist.all_reduce(gradient, group=group)
+
+
+def gradient_or_zeros(parameter: nn.Parameter) -> torch.Tensor | None:
+    """The gradient, which is made if there is none, because other ranks may have one; `None` for a frozen parameter."""
+    if parameter.requires_grad and parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad if parameter.requires_grad else None
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
