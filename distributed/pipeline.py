@@ -139,6 +139,19 @@ class LocalStages:
                 parameter.grad.div_(factor)
 
 
+class NoView(torch.autograd.Function):
+    """The same tensor, which is no view for autograd. Zero bubble schedules detach outputs of a stage in place, and
+    FSDP2 makes views of those that were inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
 class AttnResPipelineStage(PipelineStage):
     """A stage of a pipeline that sends what the next rank lacks, and takes the rest from the cache of its own rank.
 
@@ -190,7 +203,10 @@ class AttnResPipelineStage(PipelineStage):
             if needs_grad:
                 self.leaves[self.microbatch] = cached
         wire = (*cached, *args)
-        outputs = super().forward_maybe_with_nosync(*wire, **kwargs)
+        with warnings.catch_warnings():
+            # FSDP2 makes views of sources that pass through a module. Nothing changes them in place.
+            warnings.filterwarnings("ignore", ".*returned a view tensor")
+            outputs = super().forward_maybe_with_nosync(*wire, **kwargs)
         query, self.passage.query = self.passage.query, None
         if query is not None and query.requires_grad and self.has_backward:
             self.queries[self.microbatch] = query
@@ -200,7 +216,7 @@ class AttnResPipelineStage(PipelineStage):
         if self.kept or self.known_to_next:
             self.check_unchanged(wire[: self.num_entering], outputs)
         self.keep(outputs)
-        return outputs[self.known_to_next :]
+        return tuple(NoView.apply(output) if output._is_view() else output for output in outputs[self.known_to_next :])
 
     def keep(self, wire: Sequence[torch.Tensor]) -> None:
         for index in range(self.known, self.kept):

@@ -103,6 +103,7 @@ def wrap(stages: list[Any], kind: str, mesh: DeviceMesh) -> None:
     """Makes the stages data parallel."""
     if kind == "fsdp2":
         shard(stages, mesh)
+        assert all(any(isinstance(p, DTensor) for p in stage.submod.parameters()) for stage in stages)
     elif kind == "ddp":
         for stage in stages:
             stage.submod = DistributedDataParallel(stage.submod, process_group=mesh.get_group())

@@ -226,7 +226,6 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "fsdp2, depth parameters alone": SHARDED | LAPS | dict(frozen=True),
         "ddp, 1f1b": REPLICATED | dict(schedule="Schedule1F1B"),
         "ddp, laps": REPLICATED | LAPS,
-        "ddp, v": REPLICATED | V_STAGES | dict(schedule="ScheduleDualPipeV"),
     },
 }
 for _num_ranks, _cases in CASES.items():
