@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class GatheredAttention:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, tensor.contiguous())
+        time.sleep(0.002)  # until the thread of gloo has let go of the tensors, too, or peaks vary
         return torch.cat(parts, dim=2)
 
 

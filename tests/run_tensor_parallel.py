@@ -30,7 +30,7 @@ for directory in sys.argv[2:]:
     whole = AutoModelForCausalLM.from_pretrained(directory)
     config = DistributedConfig(tp_size=tp_size, fsdp_size=fsdp_size)
     sharded = AutoModelForCausalLM.from_pretrained(directory, distributed_config=config)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (whole, sharded)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (whole, sharded)]
     for step in range(2):
         tokens = random_tokens(batch=4, seed=step)
         part = tokens.chunk(fsdp_size)[dist.get_rank() // tp_size]
