@@ -403,7 +403,8 @@ def shard(stages: Sequence[AttnResPipelineStage], mesh: DeviceMesh, **options: A
     options = {"reshard_after_forward": False, **options}
     local.whole, local.data_groups = parameters_of_several_stages(local), mesh.get_all_groups()
     for stage in stages:
-        layers = [layer for layer in decoder_layers(stage.submod.model) if not isinstance(layer, Placeholder)]
+        part: Any = stage.submod.model
+        layers = [layer for layer in decoder_layers(part) if not isinstance(layer, Placeholder)]
         for module in (*layers, stage.submod):
             fully_shard(module, mesh=mesh, ignored_params=set(local.whole), **options)
 
