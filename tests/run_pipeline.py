@@ -192,6 +192,7 @@ def run(case: dict[str, Any], dies: bool) -> dict[str, Any]:
             for name, parameter in module.model.named_parameters():
                 errors[f"{name} of step {step}"] = difference(whole_gradient(parameter), wanted[name].grad)
     if case["evaluates"]:
+        watch.begin_step()
         evaluated = schedule.eval(*args, **(ends | {"losses": None} if ends else {}), **kwargs)
         if has_last:
             errors["logits"] = difference(evaluated, logits)

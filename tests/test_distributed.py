@@ -179,7 +179,7 @@ LAPS = dict(stages=4, backbone=dict(tie_word_embeddings=True))
 EAGER = dict(depth=dict(depth_attention_implementation="eager"))
 KIMI = dict(family="kimi_linear", stages=4, dtype="float32")
 ZERO_BUBBLE = dict(schedule="ScheduleInterleavedZeroBubble")
-MANY = LAPS | dict(microbatches=12, layers=4)
+MANY = LAPS | dict(microbatches=12, dtype="float32")
 SHARDED, REPLICATED = dict(data=2, wrapped="fsdp2"), dict(data=2, wrapped="ddp")
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     2: {
