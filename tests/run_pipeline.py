@@ -147,7 +147,9 @@ def run(case: dict[str, Any], dies: bool) -> dict[str, Any]:
     if case["padded"]:
         kwargs["attention_mask"] = torch.ones_like(tokens)
         kwargs["attention_mask"][:, :3] = 0
-    logits = whole(tokens, use_cache=False, **kwargs).logits
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=case["autocast"])
+    with precision:
+        logits = whole(tokens, use_cache=False, **kwargs).logits
     expected = next_token_loss(logits, tokens)
     expected.backward()
 
@@ -180,7 +182,8 @@ def run(case: dict[str, Any], dies: bool) -> dict[str, Any]:
         has_first, has_last = any(s.is_first for s in stages), any(s.is_last for s in stages)
         args = (tokens,) if has_first else ()
         ends = dict(target=tokens, losses=losses) if has_last else {}
-        schedule.step(*args, **ends, **kwargs)
+        with precision:
+            schedule.step(*args, **ends, **kwargs)
         reduce_shared_gradients(stages)
         if has_last:
             loss = torch.stack(losses).mean()

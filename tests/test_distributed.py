@@ -156,6 +156,7 @@ BASE: dict[str, Any] = dict(
     padded=False,
     frozen=False,
     evaluates=False,
+    autocast=False,
     data=1,
     wrapped="no",
 )
@@ -223,6 +224,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "fsdp2, zero bubble v": SHARDED | V_STAGES | dict(schedule="ScheduleZBVZeroBubble"),
         "fsdp2, experts, recomputed": SHARDED
         | dict(family="qwen3_moe", stages=4, dtype="float32", checkpointing="non-reentrant"),
+        "fsdp2, autocast": SHARDED | LAPS | dict(dtype="float32", autocast=True),
         "fsdp2, depth parameters alone": SHARDED | LAPS | dict(frozen=True),
         "ddp, 1f1b": REPLICATED | dict(schedule="Schedule1F1B"),
         "ddp, laps": REPLICATED | LAPS,
@@ -272,8 +274,9 @@ def results(num_ranks: int) -> dict[str, list[dict[str, Any]]]:
 def test_a_pipeline_computes_what_one_process_does(num_ranks: int, name: str) -> None:
     """Losses and all gradients, twice in a row. A cache holds no microbatch that it could drop, and none in the end."""
     case = BASE | CASES[num_ranks][name]
+    bound = 2e-2 if case["autocast"] else 1e-10 if case["dtype"] == "float64" else 1e-5
     for rank in results(num_ranks)[name]:
-        assert rank["error"] < (1e-10 if case["dtype"] == "float64" else 1e-5), rank["where"]
+        assert rank["error"] < bound, rank["where"]
         assert rank["stale"] == rank["left"] == 0
 
 
