@@ -118,6 +118,7 @@ class LocalStages:
             order.
         whole (`list[nn.Parameter]`): parameters that [`shard`] left whole, so that FSDP2 does not average gradients.
         data_groups (`list[dist.ProcessGroup]`): over which FSDP2 averages the gradients of all others.
+        reshards (`bool`): whether FSDP2 frees whole parameters after a forward.
     """
 
     def __init__(self) -> None:
@@ -126,6 +127,7 @@ class LocalStages:
         self.shared: list[tuple[nn.Parameter, Any]] = []
         self.whole: list[nn.Parameter] = []
         self.data_groups: list[Any] = []
+        self.reshards = False
         self.scaled: set[int] = set()  # stages whose gradients were scaled in this step
 
     def scale_gradients(self, stage: AttnResPipelineStage, factor: int) -> None:
@@ -229,6 +231,21 @@ class AttnResPipelineStage(PipelineStage):
                 'residual stream), so they cannot be cached; call split(..., cache="none").'
             )
 
+    def check_split_backward(self) -> None:
+        """Refuses what would leave gradients out where those of parameters are computed apart (zero bubble)."""
+        if isinstance(self.submod, DistributedDataParallel):
+            raise AttnResError(
+                f"stage {self.stage_index} is wrapped in DDP, and the schedule computes gradients of parameters apart "
+                "from those of inputs (zero bubble). DDP does not see such gradients, and would not average them. Use "
+                "FSDP2, attnres.distributed.shard(stages, mesh), or another schedule."
+            )
+        if self.local.reshards:
+            raise AttnResError(
+                f"stage {self.stage_index} frees its parameters after a forward, and the schedule computes gradients "
+                "of parameters apart from those of inputs (zero bubble), for which it has to find them. Call "
+                "shard(stages, mesh) without reshard_after_forward, or use another schedule."
+            )
+
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[torch.Tensor | None, ...]:
         """Adds the gradients of later stages of this rank to those of sources that this stage finished."""
         gradients = list(super()._retrieve_recv_grads(bwd_chunk_id))
@@ -242,12 +259,8 @@ class AttnResPipelineStage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        if not full_backward and isinstance(self.submod, DistributedDataParallel):
-            raise AttnResError(
-                f"stage {self.stage_index} is wrapped in DDP, and the schedule computes gradients of parameters apart "
-                "from those of inputs (zero bubble). DDP does not see such gradients, and would not average them. Use "
-                "FSDP2, attnres.distributed.shard(stages, mesh), or another schedule."
-            )
+        if not full_backward:
+            self.check_split_backward()
         leaves, query = self.leaves.pop(bwd_chunk_id, []), self.queries.pop(bwd_chunk_id, None)
         is_split = self.has_backward and not full_backward and not self.is_first
         if is_split:
@@ -389,7 +402,7 @@ def shard(stages: Sequence[AttnResPipelineStage], mesh: DeviceMesh, **options: A
         mesh (`DeviceMesh`): the ranks that have the same stages and other data, one or two dimensions (HSDP).
         options:
             What else `fully_shard` takes. `reshard_after_forward` is `False` by default: it is the schedule that says
-            when a stage is needed no longer, and the backwards of zero bubble schedules want the parameters.
+            when a stage is needed no longer. `True` saves memory, and zero bubble schedules refuse it.
 
     Raises:
         AttnResError: `mp_policy` has a dtype of parameters; what stages send each other has the dtype of the model.
@@ -402,6 +415,7 @@ def shard(stages: Sequence[AttnResPipelineStage], mesh: DeviceMesh, **options: A
     local = stages[0].local
     options = {"reshard_after_forward": False, **options}
     local.whole, local.data_groups = parameters_of_several_stages(local), mesh.get_all_groups()
+    local.reshards = options["reshard_after_forward"] is not False
     for stage in stages:
         part: Any = stage.submod.model
         layers = [layer for layer in decoder_layers(part) if not isinstance(layer, Placeholder)]

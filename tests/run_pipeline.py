@@ -99,10 +99,10 @@ class CacheWatch:
             done.clear()
 
 
-def wrap(stages: list[Any], kind: str, mesh: DeviceMesh) -> None:
+def wrap(stages: list[Any], kind: str, mesh: DeviceMesh, reshards: bool) -> None:
     """Makes the stages data parallel."""
     if kind == "fsdp2":
-        shard(stages, mesh)
+        shard(stages, mesh, reshard_after_forward=reshards)
         assert all(any(isinstance(p, DTensor) for p in stage.submod.parameters()) for stage in stages)
     elif kind == "ddp":
         for stage in stages:
@@ -163,7 +163,7 @@ def run(case: dict[str, Any], dies: bool) -> dict[str, Any]:
         group=mesh["pipeline"].get_group(),
     )
     del model
-    wrap(stages, case["wrapped"], mesh["data"])
+    wrap(stages, case["wrapped"], mesh["data"], case["reshards"])
     stages = [marked(stage) for stage in stages]
     watch = CacheWatch(stages)
     schedule = getattr(schedules, case["schedule"])(

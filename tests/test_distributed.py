@@ -125,6 +125,11 @@ def test_what_data_parallel_stages_are_refused() -> None:
         reduce_shared_gradients(stages)
 
     stages = split(retrofit(tiny_model("llama")), 2, (2, 7))
+    shard(stages, mesh, reshard_after_forward=True)
+    with pytest.raises(AttnResError, match="stage 1 frees its parameters"):
+        stages[1].backward_one_chunk(0, full_backward=False)
+
+    stages = split(retrofit(tiny_model("llama")), 2, (2, 7))
     stages[1].submod = DistributedDataParallel(stages[1].submod)
     with pytest.raises(AttnResError, match="DDP does not see such gradients"):
         stages[1].backward_one_chunk(0, full_backward=False)
@@ -159,6 +164,7 @@ BASE: dict[str, Any] = dict(
     autocast=False,
     data=1,
     wrapped="no",
+    reshards=False,
 )
 
 
@@ -220,6 +226,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "1f1b": dict(schedule="Schedule1F1B", stages=4, family="qwen3"),
         "fsdp2, 1f1b": SHARDED | dict(schedule="Schedule1F1B"),
         "fsdp2, laps": SHARDED | LAPS,
+        "fsdp2, resharded": SHARDED | LAPS | dict(reshards=True),
         "fsdp2, zero bubble": SHARDED | LAPS | ZERO_BUBBLE,
         "fsdp2, zero bubble v": SHARDED | V_STAGES | dict(schedule="ScheduleZBVZeroBubble"),
         "fsdp2, experts, recomputed": SHARDED
