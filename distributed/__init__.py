@@ -7,7 +7,15 @@
 
 from __future__ import annotations
 
-from .pipeline import AttnResPipelineStage, next_token_loss, reduce_shared_gradients, split
+from .pipeline import AttnResPipelineStage, next_token_loss, reduce_shared_gradients, shard, split
 from .stages import StageModule, cut
 
-__all__ = ["AttnResPipelineStage", "StageModule", "cut", "next_token_loss", "reduce_shared_gradients", "split"]
+__all__ = [
+    "AttnResPipelineStage",
+    "StageModule",
+    "cut",
+    "next_token_loss",
+    "reduce_shared_gradients",
+    "shard",
+    "split",
+]

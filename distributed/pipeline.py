@@ -27,10 +27,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage
+from torch.nn.parallel import DistributedDataParallel
 
 from ..configuration_attnres import AttnResError
-from .stages import StageModule, cut
+from ..rewiring import decoder_layers
+from .stages import Placeholder, StageModule, cut
 
 CACHES = ("none", "received", "all")
 PLACEMENTS = ("loop", "v")
@@ -112,12 +116,18 @@ class LocalStages:
         shared (`list[tuple[nn.Parameter, dist.ProcessGroup | None]]`):
             Parameters that stages of several ranks hold, each with the group of these ranks; on all of them in the same
             order.
+        whole (`list[nn.Parameter]`): parameters that [`shard`] left whole, so that FSDP2 does not average gradients.
+        data_groups (`list[dist.ProcessGroup]`): over which FSDP2 averages the gradients of all others.
+        reshards (`bool`): whether FSDP2 frees whole parameters after a forward.
     """
 
     def __init__(self) -> None:
         self.stages: list[AttnResPipelineStage] = []
         self.cache = SourceCache()
         self.shared: list[tuple[nn.Parameter, Any]] = []
+        self.whole: list[nn.Parameter] = []
+        self.data_groups: list[Any] = []
+        self.reshards = False
         self.scaled: set[int] = set()  # stages whose gradients were scaled in this step
 
     def scale_gradients(self, stage: AttnResPipelineStage, factor: int) -> None:
@@ -131,10 +141,23 @@ class LocalStages:
                 parameter.grad.div_(factor)
 
 
+class NoView(torch.autograd.Function):
+    """The same tensor, which is no view for autograd. Zero bubble schedules detach outputs of a stage in place, and
+    FSDP2 makes views of those that were inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
 class AttnResPipelineStage(PipelineStage):
     """A stage of a pipeline that sends what the next rank lacks, and takes the rest from the cache of its own rank.
 
-    Made by [`split`]. Its `submod` is a [`StageModule`], which may be wrapped (FSDP2, DDP).
+    Made by [`split`]. Its `submod` is a [`StageModule`], or DDP around one.
     """
 
     def __init__(
@@ -182,7 +205,10 @@ class AttnResPipelineStage(PipelineStage):
             if needs_grad:
                 self.leaves[self.microbatch] = cached
         wire = (*cached, *args)
-        outputs = super().forward_maybe_with_nosync(*wire, **kwargs)
+        with warnings.catch_warnings():
+            # FSDP2 makes views of sources that pass through a module. Nothing changes them in place.
+            warnings.filterwarnings("ignore", ".*returned a view tensor")
+            outputs = super().forward_maybe_with_nosync(*wire, **kwargs)
         query, self.passage.query = self.passage.query, None
         if query is not None and query.requires_grad and self.has_backward:
             self.queries[self.microbatch] = query
@@ -192,7 +218,7 @@ class AttnResPipelineStage(PipelineStage):
         if self.kept or self.known_to_next:
             self.check_unchanged(wire[: self.num_entering], outputs)
         self.keep(outputs)
-        return outputs[self.known_to_next :]
+        return tuple(NoView.apply(output) if output._is_view() else output for output in outputs[self.known_to_next :])
 
     def keep(self, wire: Sequence[torch.Tensor]) -> None:
         for index in range(self.known, self.kept):
@@ -203,6 +229,21 @@ class AttnResPipelineStage(PipelineStage):
             raise AttnResError(
                 f"stage {self.stage_index} changed sources that were finished before it (this backbone scales its "
                 'residual stream), so they cannot be cached; call split(..., cache="none").'
+            )
+
+    def check_split_backward(self) -> None:
+        """Refuses what would leave gradients out where those of parameters are computed apart (zero bubble)."""
+        if isinstance(self.submod, DistributedDataParallel):
+            raise AttnResError(
+                f"stage {self.stage_index} is wrapped in DDP, and the schedule computes gradients of parameters apart "
+                "from those of inputs (zero bubble). DDP does not see such gradients, and would not average them. Use "
+                "FSDP2, attnres.distributed.shard(stages, mesh), or another schedule."
+            )
+        if self.local.reshards:
+            raise AttnResError(
+                f"stage {self.stage_index} frees its parameters after a forward, and the schedule computes gradients "
+                "of parameters apart from those of inputs (zero bubble), for which it has to find them. Call "
+                "shard(stages, mesh) without reshard_after_forward, or use another schedule."
             )
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[torch.Tensor | None, ...]:
@@ -218,6 +259,8 @@ class AttnResPipelineStage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
+        if not full_backward:
+            self.check_split_backward()
         leaves, query = self.leaves.pop(bwd_chunk_id, []), self.queries.pop(bwd_chunk_id, None)
         is_split = self.has_backward and not full_backward and not self.is_first
         if is_split:
@@ -346,6 +389,49 @@ def shared_parameters(
     return shared
 
 
+def shard(stages: Sequence[AttnResPipelineStage], mesh: DeviceMesh, **options: Any) -> None:
+    """Shards the stages of this rank over data parallel ranks (FSDP2), in place. Each decoder layer is a group, and
+    what else the stage has is another.
+
+    Parameters that are in several stages stay whole on each rank: those of depth attention, and a word embedding that
+    is tied to the head. FSDP2 could shard them for one stage only. [`reduce_shared_gradients`] averages their gradients
+    over the data parallel ranks. All gradients are then those of the mean over these ranks.
+
+    Args:
+        stages (`Sequence[AttnResPipelineStage]`): what [`split`] returned on this rank.
+        mesh (`DeviceMesh`): the ranks that have the same stages and other data, one or two dimensions (HSDP).
+        options:
+            What else `fully_shard` takes. `reshard_after_forward` is `False` by default: it is the schedule that says
+            when a stage is needed no longer. `True` saves memory, and zero bubble schedules refuse it.
+
+    Raises:
+        AttnResError: `mp_policy` has a dtype of parameters; what stages send each other has the dtype of the model.
+    """
+    if options.get("mp_policy", MixedPrecisionPolicy()).param_dtype is not None:
+        raise AttnResError(
+            "shard(mp_policy=...): FSDP2 would cast what stages send each other, whose dtype was fixed by split(). "
+            "Leave param_dtype out, and compute the step under torch.autocast, or load the model in that dtype."
+        )
+    local = stages[0].local
+    options = {"reshard_after_forward": False, **options}
+    local.whole, local.data_groups = parameters_of_several_stages(local), mesh.get_all_groups()
+    local.reshards = options["reshard_after_forward"] is not False
+    for stage in stages:
+        part: Any = stage.submod.model
+        layers = [layer for layer in decoder_layers(part) if not isinstance(layer, Placeholder)]
+        for module in (*layers, stage.submod):
+            fully_shard(module, mesh=mesh, ignored_params=set(local.whole), **options)
+
+
+def parameters_of_several_stages(local: LocalStages) -> list[nn.Parameter]:
+    """The parameters of this rank that other stages have too, on this rank or on others."""
+    found = {parameter: 2 for parameter, _ in local.shared}
+    for stage in local.stages:
+        for parameter in stage.submod.parameters():
+            found[parameter] = found.get(parameter, 0) + 1
+    return [parameter for parameter, number in found.items() if number > 1]
+
+
 def reduce_shared_gradients(stages: Sequence[AttnResPipelineStage]) -> None:
     """Sums the gradients of parameters that stages of several ranks hold: those of depth attention, of which each stage
     uses the rows of its own reads, and a word embedding that is tied to the head. All ranks call this after a step,
@@ -356,13 +442,33 @@ def reduce_shared_gradients(stages: Sequence[AttnResPipelineStage]) -> None:
 
     Args:
         stages (`Sequence[AttnResPipelineStage]`): what [`split`] returned on this rank.
+
+    Raises:
+        AttnResError: the stages were sharded with `fully_shard`, not with [`shard`].
     """
-    for parameter, group in stages[0].local.shared:
-        if not parameter.requires_grad:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad, group=group)
+    local = stages[0].local
+    if not local.data_groups and any(
+        isinstance(part, FSDPModule) for stage in stages for part in stage.submod.modules()
+    ):
+        raise AttnResError(
+            "the stages were sharded with fully_shard(), which does not know that they share parameters. Shard them "
+            "with attnres.distributed.shard(stages, mesh)."
+        )
+    for parameter in local.whole:
+        for group in local.data_groups:
+            if (gradient := gradient_or_zeros(parameter)) is not None:
+                dist.all_reduce(gradient, group=group)
+                gradient.div_(dist.get_world_size(group))
+    for parameter, group in local.shared:
+        if (gradient := gradient_or_zeros(parameter)) is not None:
+            dist.all_reduce(gradient, group=group)
+
+
+def gradient_or_zeros(parameter: nn.Parameter) -> torch.Tensor | None:
+    """The gradient, which is made if there is none, because other ranks may have one; `None` for a frozen parameter."""
+    if parameter.requires_grad and parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad if parameter.requires_grad else None
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tiny import random_tokens, retrofit, tiny_model
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import schedules
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from attnres.distributed import next_token_loss, reduce_shared_gradients, split
+from attnres.distributed import next_token_loss, reduce_shared_gradients, shard, split
 
 SENT = {"forward": 0, "backward": 0}
 SINGLE = ("ScheduleGPipe", "Schedule1F1B")
@@ -56,6 +59,61 @@ def marked(stage: Any) -> Any:
     return stage
 
 
+class CacheWatch:
+    """Looks into the cache of a rank after each forward and backward of its stages.
+
+    Attributes:
+        most (`int`): the largest number of microbatches of which the cache held sources or gradients.
+        stale (`int`): how often it held those of a microbatch that no later stage of the rank, or earlier one in the
+            backward, could still ask for.
+    """
+
+    def __init__(self, stages: list[Any]):
+        self.cache = stages[0].cache
+        self.forwards = {stage.stage_index: set() for stage in stages}
+        self.backwards = {stage.stage_index: set() for stage in stages}
+        self.most = self.stale = 0
+        for stage in stages:
+            self.watch(stage, "forward_one_chunk", self.forwards)
+            self.watch(stage, "backward_one_chunk", self.backwards)
+
+    def watch(self, stage: Any, name: str, done: dict[int, set[int]]) -> None:
+        run = getattr(stage, name)
+
+        def watched(microbatch: int, *args: Any, **kwargs: Any) -> Any:
+            result = run(microbatch, *args, **kwargs)
+            done[stage.stage_index].add(microbatch)
+            self.look()
+            return result
+
+        setattr(stage, name, watched)
+
+    def look(self) -> None:
+        sources, gradients = set(self.cache.sources), set(self.cache.gradients)
+        self.most = max(self.most, len(sources), len(gradients))
+        self.stale += len(sources & set.intersection(*self.forwards.values()))
+        self.stale += len(gradients & set.intersection(*self.backwards.values()))
+
+    def begin_step(self) -> None:
+        for done in (*self.forwards.values(), *self.backwards.values()):
+            done.clear()
+
+
+def wrap(stages: list[Any], kind: str, mesh: DeviceMesh, reshards: bool) -> None:
+    """Makes the stages data parallel."""
+    if kind == "fsdp2":
+        shard(stages, mesh, reshard_after_forward=reshards)
+        assert all(any(isinstance(p, DTensor) for p in stage.submod.parameters()) for stage in stages)
+    elif kind == "ddp":
+        for stage in stages:
+            stage.submod = DistributedDataParallel(stage.submod, process_group=mesh.get_group())
+
+
+def whole_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
+    gradient = parameter.grad
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
 def make_model(case: dict[str, Any]) -> Any:
     backbone = tiny_model(case["family"], num_hidden_layers=case["layers"], **case["backbone"])
     model = retrofit(backbone, random_queries=True, block_size=case["block_size"], **case["depth"])
@@ -82,41 +140,62 @@ def run(case: dict[str, Any], dies: bool) -> dict[str, Any]:
     """One step of a schedule, twice, and the same in this process alone."""
     model = make_model(case)
     whole = copy.deepcopy(model)
-    tokens = random_tokens(batch=2 * case["microbatches"], length=7)
+    num_data = case["data"]
+    mesh = init_device_mesh("cpu", (num_data, dist.get_world_size() // num_data), mesh_dim_names=("data", "pipeline"))
+    tokens = random_tokens(batch=2 * case["microbatches"] * num_data, length=7)
     kwargs = {}
     if case["padded"]:
         kwargs["attention_mask"] = torch.ones_like(tokens)
         kwargs["attention_mask"][:, :3] = 0
-    logits = whole(tokens, use_cache=False, **kwargs).logits
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=case["autocast"])
+    with precision:
+        logits = whole(tokens, use_cache=False, **kwargs).logits
     expected = next_token_loss(logits, tokens)
     expected.backward()
 
-    stages = split(
-        model, case["stages"], (2, 7), cache=case["cache"], placement=case["placement"], starts=case["starts"]
+    stages: list[Any] = split(
+        model,
+        case["stages"],
+        (2, 7),
+        cache=case["cache"],
+        placement=case["placement"],
+        starts=case["starts"],
+        group=mesh["pipeline"].get_group(),
     )
+    del model
+    wrap(stages, case["wrapped"], mesh["data"], case["reshards"])
     stages = [marked(stage) for stage in stages]
+    watch = CacheWatch(stages)
     schedule = getattr(schedules, case["schedule"])(
         stages[0] if case["schedule"] in SINGLE else stages, case["microbatches"], loss_fn=next_token_loss
     )
     if dies:
         stages[0].submod.register_forward_pre_hook(kill_itself)
+    tokens = tokens.chunk(num_data)[mesh["data"].get_local_rank()]
     errors: dict[str, float] = {}
     for step in range(2):  # what is left of the first would disturb the second
-        model.zero_grad()
+        for stage in stages:
+            stage.submod.zero_grad()
+        watch.begin_step()
         SENT.update(forward=0, backward=0)
         losses: list[torch.Tensor] = []
         has_first, has_last = any(s.is_first for s in stages), any(s.is_last for s in stages)
         args = (tokens,) if has_first else ()
         ends = dict(target=tokens, losses=losses) if has_last else {}
-        schedule.step(*args, **ends, **kwargs)
+        with precision:
+            schedule.step(*args, **ends, **kwargs)
         reduce_shared_gradients(stages)
         if has_last:
-            errors[f"loss of step {step}"] = difference(torch.stack(losses).mean(), expected)
+            loss = torch.stack(losses).mean()
+            dist.all_reduce(loss, group=mesh["data"].get_group())
+            errors[f"loss of step {step}"] = difference(loss / num_data, expected)
         wanted = dict(whole.named_parameters(remove_duplicate=False))
         for stage in stages:
-            for name, parameter in stage.submod.model.named_parameters():
-                errors[f"{name} of step {step}"] = difference(parameter.grad, wanted[name].grad)
+            module = stage.submod.module if case["wrapped"] == "ddp" else stage.submod
+            for name, parameter in module.model.named_parameters():
+                errors[f"{name} of step {step}"] = difference(whole_gradient(parameter), wanted[name].grad)
     if case["evaluates"]:
+        watch.begin_step()
         evaluated = schedule.eval(*args, **(ends | {"losses": None} if ends else {}), **kwargs)
         if has_last:
             errors["logits"] = difference(evaluated, logits)
@@ -125,6 +204,8 @@ def run(case: dict[str, Any], dies: bool) -> dict[str, Any]:
         "error": max(errors.values()),
         "where": max(errors, key=errors.__getitem__),
         "sent": dict(SENT),
+        "most": watch.most,
+        "stale": watch.stale,
         "left": len(cache.sources)
         + len(cache.gradients)
         + sum(len(stage.leaves) + len(stage.queries) for stage in stages),

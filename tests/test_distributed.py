@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,11 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import VARIATIONS, random_tokens, retrofit, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from attnres import AttnResError, convert
 from attnres.configuration_attnres import UnsupportedBackboneError
-from attnres.distributed import cut
+from attnres.distributed import cut, reduce_shared_gradients, shard, split
 from attnres.rewiring import decoder_layers
 
 HERE = Path(__file__).parent
@@ -83,6 +88,53 @@ def test_cuts_that_are_refused(num_stages: int, starts: list[int] | None) -> Non
         cut(retrofit(tiny_model("llama")), num_stages, starts)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_an_auxiliary_loss_over_routers_is_refused(family: str) -> None:
+    """It is a sum over the layers of all stages."""
+    model = retrofit(tiny_model(family, output_router_logits=True))
+    with pytest.raises(UnsupportedBackboneError, match="output_router_logits=True"):
+        cut(model, 2)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_sources_that_a_backbone_scales_are_not_cached() -> None:
+    """Doge multiplies its residual stream, so that a finished source is another one behind each layer."""
+    model = retrofit(tiny_model("doge"), block_size=2)
+    tokens = random_tokens(length=7)
+    stages = split(model, 4, (2, 7))
+    wire = stages[0].forward_maybe_with_nosync(tokens)
+    with pytest.raises(AttnResError, match='stage 1 changed sources .* cache="none"'):
+        stages[1].forward_maybe_with_nosync(*wire)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_data_parallel_stages_are_refused() -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    stages = split(retrofit(tiny_model("llama")), 2, (2, 7))
+    with pytest.raises(AttnResError, match="torch.autocast"):
+        shard(stages, mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    fully_shard(stages[1].submod, mesh=mesh)
+    with pytest.raises(AttnResError, match=r"attnres.distributed.shard\(stages, mesh\)"):
+        reduce_shared_gradients(stages)
+
+    stages = split(retrofit(tiny_model("llama")), 2, (2, 7))
+    shard(stages, mesh, reshard_after_forward=True)
+    with pytest.raises(AttnResError, match="stage 1 frees its parameters"):
+        stages[1].backward_one_chunk(0, full_backward=False)
+
+    stages = split(retrofit(tiny_model("llama")), 2, (2, 7))
+    stages[1].submod = DistributedDataParallel(stages[1].submod)
+    with pytest.raises(AttnResError, match="DDP does not see such gradients"):
+        stages[1].backward_one_chunk(0, full_backward=False)
+
+
 def test_other_models_are_refused() -> None:
     with pytest.raises(AttnResError, match="no language model head"):
         cut(retrofit(tiny_model("llama")).model, 2)
@@ -109,6 +161,10 @@ BASE: dict[str, Any] = dict(
     padded=False,
     frozen=False,
     evaluates=False,
+    autocast=False,
+    data=1,
+    wrapped="no",
+    reshards=False,
 )
 
 
@@ -129,6 +185,9 @@ V_STAGES = dict(stages=4, placement="v", microbatches=4)
 LAPS = dict(stages=4, backbone=dict(tie_word_embeddings=True))
 EAGER = dict(depth=dict(depth_attention_implementation="eager"))
 KIMI = dict(family="kimi_linear", stages=4, dtype="float32")
+ZERO_BUBBLE = dict(schedule="ScheduleInterleavedZeroBubble")
+MANY = LAPS | dict(microbatches=12, dtype="float32")
+SHARDED, REPLICATED = dict(data=2, wrapped="fsdp2"), dict(data=2, wrapped="ddp")
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "gpipe": dict(schedule="ScheduleGPipe"),
@@ -158,10 +217,24 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "zero bubble v": V_STAGES | dict(schedule="ScheduleZBVZeroBubble"),
         "zero bubble v, tied": V_STAGES | LAPS | dict(schedule="ScheduleZBVZeroBubble"),
         "dual pipe v": V_STAGES | dict(schedule="ScheduleDualPipeV", family="qwen3"),
+        "scaled streams, no cache": dict(family="doge", stages=4, cache="none"),
+        "many microbatches": MANY,
+        "many microbatches, zero bubble": MANY | ZERO_BUBBLE,
     },
     4: {
         "laps": dict(layers=8, stages=8, block_size=3, backbone=dict(tie_word_embeddings=True)),
         "1f1b": dict(schedule="Schedule1F1B", stages=4, family="qwen3"),
+        "fsdp2, 1f1b": SHARDED | dict(schedule="Schedule1F1B"),
+        "fsdp2, laps": SHARDED | LAPS,
+        "fsdp2, resharded": SHARDED | LAPS | dict(reshards=True),
+        "fsdp2, zero bubble": SHARDED | LAPS | ZERO_BUBBLE,
+        "fsdp2, zero bubble v": SHARDED | V_STAGES | dict(schedule="ScheduleZBVZeroBubble"),
+        "fsdp2, experts, recomputed": SHARDED
+        | dict(family="qwen3_moe", stages=4, dtype="float32", checkpointing="non-reentrant"),
+        "fsdp2, autocast": SHARDED | LAPS | dict(dtype="float32", autocast=True),
+        "fsdp2, depth parameters alone": SHARDED | LAPS | dict(frozen=True),
+        "ddp, 1f1b": REPLICATED | dict(schedule="Schedule1F1B"),
+        "ddp, laps": REPLICATED | LAPS,
     },
 }
 for _num_ranks, _cases in CASES.items():
@@ -187,6 +260,12 @@ def start(num_ranks: int, directory: Path, cases: dict[str, dict[str, Any]], *mo
     ]
 
 
+def torchrun(num_ranks: int, program: str, *arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command += [program, *arguments]
+    return subprocess.run(command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=200)
+
+
 @cache
 def results(num_ranks: int) -> dict[str, list[dict[str, Any]]]:
     """By case, what each rank found. All cases run in the same processes, which take seconds to start."""
@@ -200,11 +279,19 @@ def results(num_ranks: int) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize(("num_ranks", "name"), [(ranks, name) for ranks, cases in CASES.items() for name in cases])
 def test_a_pipeline_computes_what_one_process_does(num_ranks: int, name: str) -> None:
-    """Losses and all gradients, twice in a row; and nothing is left in a cache."""
+    """Losses and all gradients, twice in a row. A cache holds no microbatch that it could drop, and none in the end."""
     case = BASE | CASES[num_ranks][name]
+    bound = 2e-2 if case["autocast"] else 1e-10 if case["dtype"] == "float64" else 1e-5
     for rank in results(num_ranks)[name]:
-        assert rank["error"] < (1e-10 if case["dtype"] == "float64" else 1e-5), rank["where"]
-        assert rank["left"] == 0
+        assert rank["error"] < bound, rank["where"]
+        assert rank["stale"] == rank["left"] == 0
+
+
+@pytest.mark.parametrize("name", ["many microbatches", "many microbatches, zero bubble"])
+def test_a_cache_is_freed_within_a_step(name: str) -> None:
+    """It holds those microbatches that are on their way, not all of the step."""
+    for rank in results(2)[name]:
+        assert 0 < rank["most"] <= 4 < CASES[2][name]["microbatches"]
 
 
 @pytest.mark.parametrize("num_ranks", CASES)
@@ -242,15 +329,7 @@ def test_the_program_of_the_page_runs(tmp_path: Path) -> None:
     page = (HERE.parent / "docs" / "distributed.md").read_text(encoding="utf-8")
     (tmp_path / "pipeline.py").write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
     convert(HERE.parent / "examples" / "tiny-qwen3", tmp_path / "model", num_blocks=4, verify="none")
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pipeline.py"]
-    finished = subprocess.run(
-        [*program, "model"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    finished = torchrun(2, "pipeline.py", "model", directory=tmp_path)
     assert finished.returncode == 0, finished.stderr[-4000:]
     assert finished.stdout.count("loss") == 3
 
@@ -258,12 +337,13 @@ def test_the_program_of_the_page_runs(tmp_path: Path) -> None:
 # -- tensor parallel ---------------------------------------------------------------------------------------------------
 
 
-def test_tensor_parallel_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
-    """`tp_plan="auto"` on two ranks, logits and all gradients: dense, experts, latent attention."""
+@pytest.mark.parametrize("fsdp_size", [1, 2])
+def test_tensor_parallel_ranks_compute_what_one_process_does(tmp_path: Path, fsdp_size: int) -> None:
+    """Two tensor parallel ranks, alone and times two of FSDP2: dense, experts, latent attention. Logits, loss, and all
+    gradients, before a step and after it."""
     families = ("llama", "qwen3_moe", "deepseek_v3")
     for family in families:
         retrofit(tiny_model(family), random_queries=True, block_size=3).save_pretrained(tmp_path / family)
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program += [str(HERE / "run_tensor_parallel.py"), *families]
-    finished = subprocess.run(program, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200)
+    program = str(HERE / "run_tensor_parallel.py")
+    finished = torchrun(2 * fsdp_size, program, str(fsdp_size), *families, directory=tmp_path)
     assert finished.returncode == 0, finished.stderr[-6000:]
