@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct (Llama, 30 layers, Apache-2.0) is converted; source and result answer a chat, then HumanEval
 through the harness's own task and the sandbox. Both come from the Python package index, so no Hub is needed.
 
-python -m attnres.examples.real_model .cache/real [--limit N]    # two cores take an hour for all 164
+python -m attnres.examples.real_model .cache/real [--limit N]    # one free core takes 20 minutes for all 164
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ def chat(checkpoint: Path, questions: tuple[str, ...] = QUESTIONS, max_new_token
 
 
 def completions(output: Path, role: str) -> dict[str, str]:
-    """What a model of an evaluation wrote, by the name of the problem, as the harness's log of samples has it."""
-    (log,) = (output / "harness" / role).glob("*/samples_humaneval_*.jsonl")
+    """What a model of an evaluation wrote, by the name of the problem, as the harness's last log of samples has it. An
+    evaluation that was interrupted has one log for each time it ran; their names end in the time."""
+    log = max((output / "harness" / role).glob("*/samples_humaneval_*.jsonl"), key=lambda path: path.name)
     samples = map(json.loads, log.read_text(encoding="utf-8").splitlines())
     return {sample["doc"]["task_id"]: sample["resps"][0][0] for sample in samples}
 

