@@ -96,7 +96,7 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no study 'nonsense'; there are: retrofit"):
         plan("nonsense", PRESETS["cpu"], {})
     with pytest.raises(TrainingError, match="no preset 'huge'; there are: smoke"):
-        run_study("blocks", "huge", output=tmp_path)
+        run_study("ablation", "huge", output=tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(TrainingError, match="run.json is not what a run writes"):
         runner.results_of(tmp_path)
@@ -192,7 +192,7 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(done) == len(set(done)) == 6
     assert run_study("retrofit", "smoke", **kwargs) == 0
     assert len(done) == 6
-    assert run_study("blocks", "smoke", minutes=0, **kwargs) == 4
+    assert run_study("scaling", "smoke", minutes=0, **kwargs) == 8
     CORPUS["sha256"] = "other"
     monkeypatch.setattr(runner, "_in_process", lambda run, *_: fake_result(run))
     run_study("ablation", "smoke", **kwargs)

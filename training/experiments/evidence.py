@@ -145,12 +145,11 @@ def ablation_table(results: Results) -> str:
 def blocks_table(results: Results) -> str:
     losses = main_losses(results)
     rows = []
-    for size in BLOCK_SIZES:
-        if (arm := f"S = {size}") in losses:
+    for size, arm in BLOCK_SIZES.items():
+        if arm in losses:
             mean = Mean.of(list(losses[arm].values()))
-            rows.append(
-                [arm, str(-(-16 // size)), str(mean.count), mean.text(), difference(losses, arm, "S = 1").text(True)]
-            )
+            gap = "" if size == 1 else difference(losses, arm, BLOCK_SIZES[1]).text(signed=True)
+            rows.append([f"S = {size}", str(16 // size), str(mean.count), mean.text(), gap])
     return table(["block size", "blocks", "seeds", "validation loss", "minus S = 1"], rows)
 
 
@@ -236,8 +235,8 @@ def differences_figure(losses: Mapping[str, Mapping[int, float]], arms: Sequence
 
 def blocks_figure(losses: Mapping[str, Mapping[int, float]]) -> Any:
     rows = []
-    for size in BLOCK_SIZES:
-        if (mean := Mean.of(list(losses.get(f"S = {size}", {}).values()))).count:
+    for size, arm in BLOCK_SIZES.items():
+        if (mean := Mean.of(list(losses.get(arm, {}).values()))).count:
             half = 0.0 if np.isnan(mean.half) else mean.half
             rows.append({"S": size, "loss": mean.value, "low": mean.value - half, "high": mean.value + half})
     base = alt.Chart(pd.DataFrame(rows), width=WIDTH, height=190)
@@ -298,7 +297,7 @@ def sections(preset: str, results: Mapping[str, Results]) -> dict[str, str]:
         "retrofit": ("retrofit", retrofit_table),
         "grid": ("retrofit", grid_table),
         "ablation": ("ablation", ablation_table),
-        "blocks": ("blocks", blocks_table),
+        "blocks": ("ablation", blocks_table),
         "scaling": ("scaling", lambda found: laws_table(scaling_points(found), BASELINE, None)),
     }
     found = {
@@ -315,8 +314,8 @@ def figures(results: Mapping[str, Results]) -> dict[str, Any]:
         found["evidence-retrofit"] = differences_figure(losses["retrofit"], list(RETROFIT), "Retrofits of tiny-qwen3")
     if any(difference(losses["ablation"], arm).count for arm in ABLATION if arm != BASELINE):
         found["evidence-ablation"] = differences_figure(losses["ablation"], list(ABLATION), "From scratch")
-    if len(losses["blocks"]) > 1:
-        found["evidence-blocks"] = blocks_figure(losses["blocks"])
+    if len(losses["ablation"].keys() & BLOCK_SIZES.values()) > 1:
+        found["evidence-blocks"] = blocks_figure(losses["ablation"])
     if any(result.get("magnitudes") for result in results.get("ablation", {}).values()):
         found["evidence-magnitudes"] = magnitudes_figure(results["ablation"])
     if len(results.get("scaling", {})) >= len(SIZES) * len(KINDS):
