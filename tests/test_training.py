@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -300,6 +301,18 @@ def test_killed_at_any_moment_it_ends_at_the_same_losses(
     for name in ("model-attnres.safetensors", "model-00001-of-00001.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not [path for path in (tmp_path / "killed").iterdir() if path.name.startswith(".result")]
+
+
+def test_killed_after_the_last_step_it_does_no_other(converted: Path, corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    settings: dict[str, Any] = dict(data=corpus / "files", output=output, keep_checkpoints=True, **QUICK)
+    whole = finetune(converted, **settings)
+    weights = (output / "model-attnres.safetensors").read_bytes()
+    dataclasses.replace(whole, finished=False, losses=(), files=()).write(output)
+    (output / "model-attnres.safetensors").unlink()
+    again = finetune(converted, **settings)
+    assert (again.steps, again.losses, again.tokens) == (whole.steps, whole.losses, whole.tokens)
+    assert (output / "model-attnres.safetensors").read_bytes() == weights
 
 
 def test_finished_and_other_settings(converted: Path, corpus: Path, tmp_path: Path) -> None:

@@ -102,6 +102,12 @@ class DepthTrainer(SFTTrainer):
             self.args.lr_scheduler_kwargs = {"num_decay_steps": round(self.settings.decay * num_training_steps)}
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A run that was killed between its last checkpoint and its result has no step left, and the library would do
+        one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     # -- losses that are not finite ------------------------------------------------------------------------------------
 
     def compute_loss(
