@@ -49,7 +49,7 @@ def num_replicas(settings: TrainingSettings) -> int:
     """How many copies of the model are trained together: processes, or pipelines of several.
 
     Raises:
-        TrainingError: the processes do not make whole pipelines, or the settings make no pipeline.
+        TrainingError: the processes do not make whole pipelines, or were launched for FSDP.
     """
     world = process_state().num_processes
     if settings.pipeline > 1 and _env_says("ACCELERATE_USE_FSDP"):

@@ -265,24 +265,23 @@ class DepthTrainer(SFTTrainer):
             saved: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise TrainingError(f"{checkpoint} is no checkpoint of such a training: {error}") from error
-        state: dict[str, torch.Tensor] = {}
-        for name, parameter in self.trained_parameters().items():
-            if name not in saved:
-                raise TrainingError(f"{checkpoint} has other parameters than the model; it lacks {name!r}.")
-            state[name] = parameter.detach()
-            for key, value in saved.items():
-                key, separator, of = key.partition(" of ")
-                if separator and of == name:
-                    like = parameter.detach() if value.size == parameter.shape else torch.empty(value.size)
-                    entry = torch.zeros_like(like, dtype=value.properties.dtype)
-                    state[f"{key} of {name}"] = self.optimizer.state[parameter][key] = entry
+        parameters = self.trained_parameters()
+        if lacking := parameters.keys() - saved.keys():
+            raise TrainingError(f"{checkpoint} has other parameters than the model; it lacks {min(lacking)!r}.")
+        state: dict[str, torch.Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
+        for entry, value in saved.items():
+            key, _, name = entry.partition(" of ")
+            if name in parameters:
+                own = state[name]
+                like = own if value.size == own.shape else torch.empty(value.size)
+                state[entry] = torch.zeros_like(like, dtype=value.properties.dtype)
+                self.optimizer.state[parameters[name]][key] = state[entry]
         distributed_checkpoint.load(state, storage_reader=reader, no_dist=self._is_alone)
         # Learning rates follow from the step alone.
         self.lr_scheduler.last_epoch = self.state.global_step - 1
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Detected call of `lr_scheduler.step"
-            )  # before the optimizer's first step
+            # The optimizer has done its steps in another process.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.lr_scheduler.step()
 
     @property
