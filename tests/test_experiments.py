@@ -230,7 +230,7 @@ def test_figures_and_tables_of_all_studies(tmp_path: Path) -> None:
     parts = evidence.sections("cpu", found)
     assert all("Not run yet" not in text for text in parts.values())
     assert parts["progress"].count("| 0 |") == len(STUDIES)
-    assert "| sum | 0.0001 | 5 | 3.1501 ± 0.1963 | -0.1000 ± 0.0000 | -0.0500 ± 0.0000 |" in parts["retrofit"]
+    assert "| sum | 3e-05 | 5 | 3.1500 ± 0.1963 | -0.1000 ± 0.0000 | -0.0500 ± 0.0000 |" in parts["retrofit"]
     drawn = evidence.figures(found)
     assert len(drawn) == 5
     for name, chart in drawn.items():

@@ -118,13 +118,17 @@ def retrofit_table(results: Results) -> str:
 
 
 def grid_table(results: Results) -> str:
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[float, float]] = {}
     for result in results.values():
         if result["stage"] == "grid":
             training = result["training"]
             rate = training["learning_rate" if result["arm"] == BASELINE else "depth_learning_rate"]
-            found.setdefault(result["arm"], []).append(f"{rate:g}: {result['validation_loss']:.4f}")
-    rows = [[arm, ", ".join(found[arm])] for arm in RETROFIT if arm in found]
+            found.setdefault(result["arm"], {})[rate] = result["validation_loss"]
+    rows = [
+        [arm, ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(found[arm].items()))]
+        for arm in RETROFIT
+        if arm in found
+    ]
     return table(["arm", "learning rate tried: validation loss"], rows)
 
 

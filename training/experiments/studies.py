@@ -68,7 +68,7 @@ class Preset:
     batch_size: int = 8
     sequence_length: int = 256
     grid: tuple[float, ...] = (1.0, 3.0, 10.0)
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
     training_bytes: int = 8_000_000
     validation_bytes: int = 250_000
     arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
