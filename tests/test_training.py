@@ -315,6 +315,20 @@ def test_killed_after_the_last_step_it_does_no_other(converted: Path, corpus: Pa
     assert (output / "model-attnres.safetensors").read_bytes() == weights
 
 
+def test_a_checkpoint_of_other_parameters_is_refused(converted: Path, corpus: Path, tmp_path: Path) -> None:
+    """It has more of them than learn here; the report, which would have said so, is changed to agree."""
+    output = tmp_path / "out"
+    settings: dict[str, Any] = dict(data=corpus / "files", output=output, keep_checkpoints=True, **QUICK)
+    whole = finetune(converted, **settings)
+    rates = {name: whole.settings[name] for name in ("learning_rate", "depth_learning_rate")}
+    method = whole.method | {"train": "depth"}
+    dataclasses.replace(whole, finished=False, losses=(), files=(), method=method).write(output)
+    for name in ("model-attnres.safetensors", "model-00001-of-00001.safetensors"):
+        (output / name).unlink()
+    with pytest.raises(TrainingError, match="has other parameters than the model, first 'model\\."):
+        finetune(converted, train="depth", **settings, **rates)
+
+
 def test_finished_and_other_settings(converted: Path, corpus: Path, tmp_path: Path) -> None:
     arguments: dict[str, Any] = dict(data=corpus / "text.jsonl", output=tmp_path / "out", **QUICK)
     first = finetune(converted, **arguments)

@@ -143,9 +143,10 @@ class PipelineTrainer(DepthTrainer):
         dist.all_reduce(self.num_labels, group=self.data_group)
         loss = self._run(self.schedule.step, inputs)
         reduce_shared_gradients(self.stages)
-        for parameter in self.modules.parameters():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad, group=self.data_group)
+        if self.num_replicas > 1:
+            for parameter in self.modules.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad, group=self.data_group)
         dist.all_reduce(loss, group=self.data_group)
         self._check_finite(loss, "loss", model, inputs)
         return loss

@@ -266,8 +266,10 @@ class DepthTrainer(SFTTrainer):
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise TrainingError(f"{checkpoint} is no checkpoint of such a training: {error}") from error
         parameters = self.trained_parameters()
-        if lacking := parameters.keys() - saved.keys():
-            raise TrainingError(f"{checkpoint} has other parameters than the model; it lacks {min(lacking)!r}.")
+        # The model has the names of all parameters, also where this process holds a part of them.
+        names = {plain_name(name) for name, p in self.model.named_parameters() if p.requires_grad}
+        if others := names ^ {entry for entry in saved if " of " not in entry}:
+            raise TrainingError(f"{checkpoint} has other parameters than the model, first {min(others)!r}.")
         state: dict[str, torch.Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
         for entry, value in saved.items():
             key, _, name = entry.partition(" of ")
