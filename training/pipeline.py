@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,27 +15,9 @@ from torch.utils.data import DataLoader
 
 from ..distributed import reduce_shared_gradients, split
 from .errors import TrainingError
+from .optimizers import make_optimizer
 from .settings import TrainingSettings
 from .trainer import DepthTrainer, largest_activation, plain_name, without_tensors
-
-
-class Stages(nn.ModuleList):
-    """The stages of one process, as a model whose parameters are put into groups.
-
-    Args:
-        modules: the stages.
-        embeddings (`dict[str, nn.Module]`): the modules `"input"` and `"output"` of the whole model.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module], embeddings: dict[str, nn.Module]):
-        super().__init__(modules)
-        self.__dict__["embeddings"] = embeddings  # no modules of this one
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.__dict__["embeddings"]["input"]
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.__dict__["embeddings"]["output"]
 
 
 class PipelineTrainer(DepthTrainer):
@@ -82,8 +64,7 @@ class PipelineTrainer(DepthTrainer):
             device=self.args.device,
             group=self.group,
         )
-        embeddings = {"input": decoder.get_input_embeddings(), "output": decoder.get_output_embeddings()}
-        self.modules = Stages((stage.submod for stage in self.stages), embeddings)
+        self.modules = nn.ModuleList(stage.submod for stage in self.stages)
         self.num_labels = torch.ones((), device=self.args.device)  # that the loss of a step is the mean over
         schedule: Any = Schedule1F1B if settings.virtual_stages == 1 else ScheduleInterleaved1F1B
         self.schedule = schedule(
@@ -94,6 +75,9 @@ class PipelineTrainer(DepthTrainer):
         )
         self.outline = self.model = self.model_wrapped = self.callback_handler.model = without_tensors(whole)
         own = {id(p) for p in self.modules.parameters()}
+        # The whole model tells which parameters are of embeddings and norms.
+        groups = [{**g, "params": [p for p in g["params"] if id(p) in own]} for g in self._parameter_groups(whole)]
+        self.optimizer = make_optimizer([group for group in groups if group["params"]])
         for parameter in whole.parameters():
             if id(parameter) not in own:
                 parameter.data = parameter.data.new_empty(0)
@@ -105,7 +89,6 @@ class PipelineTrainer(DepthTrainer):
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        self.create_optimizer()
         self.create_scheduler(num_training_steps=max_steps)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
@@ -224,9 +207,6 @@ class PipelineTrainer(DepthTrainer):
         return loss_sum, num_tokens
 
     # -- checkpoints and the result ------------------------------------------------------------------------------------
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        return super().create_optimizer(self.modules)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {self.names[id(p)]: p for p in self.modules.parameters() if p.requires_grad}

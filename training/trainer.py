@@ -85,16 +85,17 @@ class DepthTrainer(SFTTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            model = self.model if model is None else model
-            groups = parameter_groups(
-                model,
-                frozenset(self.get_decay_parameter_names(model)),
-                *self.learning_rates,
-                weight_decay=self.settings.weight_decay,
-                with_muon=self.settings.optimizer == "muon",
-            )
-            self.optimizer = make_optimizer(groups)
+            self.optimizer = make_optimizer(self._parameter_groups(self.model if model is None else model))
         return self.optimizer
+
+    def _parameter_groups(self, model: Any) -> list[dict[str, Any]]:
+        return parameter_groups(
+            model,
+            frozenset(self.get_decay_parameter_names(model)),
+            *self.learning_rates,
+            weight_decay=self.settings.weight_decay,
+            with_muon=self.settings.optimizer == "muon",
+        )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         self.args.warmup_steps = math.ceil(self.settings.warmup * num_training_steps)
