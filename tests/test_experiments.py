@@ -16,7 +16,7 @@ from attnres.training.experiments import corpus, evidence, runner, scaling
 from attnres.training.experiments.corpus import make_corpus
 from attnres.training.experiments.evidence import Mean
 from attnres.training.experiments.runner import run_study
-from attnres.training.experiments.studies import GRID_SEED, PRESETS, STUDIES, plan
+from attnres.training.experiments.studies import GRID_SEED, PRESETS, SMOLLM2_ARMS, STUDIES, plan
 
 # -- text --------------------------------------------------------------------------------------------------------------
 
@@ -57,6 +57,11 @@ def test_copies_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
+def wanted(run: Any, rate: float) -> float:
+    """A loss that is least at 0.3 times a learning rate."""
+    return abs(np.log(run.training["depth_learning_rate"] / (0.3 * rate)))
+
+
 def test_learning_rates_are_chosen_before_the_main_runs() -> None:
     preset, losses = PRESETS["cpu"], {}
     first = plan("retrofit", preset, losses)
@@ -68,18 +73,22 @@ def test_learning_rates_are_chosen_before_the_main_runs() -> None:
     assert [run.arm for run in second if run.stage == "main"] == ["plain"] * preset.seeds["retrofit"]
     grid = [run for run in second if run.arm == "8 heads"]
     assert [run.training["depth_learning_rate"] / preset.rates[1] for run in grid] == pytest.approx(preset.grid)
-    losses |= {run.key: run.training["depth_learning_rate"] for run in second if run.stage == "grid"} | losses
-    last = plan("retrofit", preset, losses)
+    last, added = second, []
+    for _ in range(3):  # an arm's best is at an end of its grid twice
+        losses |= {run.key: wanted(run, preset.rates[1]) for run in last if run.stage == "grid"} | losses
+        last = plan("retrofit", preset, losses)
+        added.append({run.training["depth_learning_rate"] for run in last if run.key not in losses and run.seed == 999})
+    assert added == [{preset.rates[1] * 0.3}, {preset.rates[1] * 0.1}, set()]
     main = [run for run in last if run.stage == "main"]
     assert [run.seed for run in main] == sorted(run.seed for run in main), "all arms advance together"
-    assert {run.training["depth_learning_rate"] for run in main} == {preset.rates[1] * min(preset.grid)}
+    assert {run.training["depth_learning_rate"] for run in main if run.arm != "plain"} == {preset.rates[1] * 0.3}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("study", STUDIES)
 def test_plans_are_whole_and_paired(study: str, preset: str) -> None:
     losses: dict[str, float] = {}
-    for _ in range(3):
+    for _ in range(5):  # a grid grows twice, where all losses are equal
         runs = plan(study, PRESETS[preset], losses)
         losses |= {run.key: 1.0 for run in runs}
     keys = [run.key for run in runs]
@@ -90,6 +99,18 @@ def test_plans_are_whole_and_paired(study: str, preset: str) -> None:
     assert len(main) == len(arms) * PRESETS[preset].seeds[study]
     for name in ("steps", "batch_size", "sequence_length", "learning_rate"):
         assert len({run.training[name] for run in main}) == 1
+
+
+def test_the_real_model_has_the_arms_that_were_best_on_the_small_one() -> None:
+    results = evidence.all_results("cpu")["retrofit"]
+    losses = evidence.main_losses(results)
+    gaps = {arm: evidence.difference(losses, arm).value for arm in losses if arm != "plain"}
+    assert {*SMOLLM2_ARMS} == {"plain", *sorted(gaps, key=lambda arm: gaps[arm])[:3]}
+    for result in results.values():
+        if result["stage"] == "main" and result["arm"] in SMOLLM2_ARMS:
+            training = result["training"]
+            multiple = training["depth_learning_rate"] / training["learning_rate"]
+            assert SMOLLM2_ARMS[result["arm"]] == pytest.approx(multiple)
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
@@ -221,7 +242,7 @@ def test_figures_and_tables_of_all_studies(tmp_path: Path) -> None:
     preset, found = PRESETS["cpu"], {}
     for study in STUDIES:
         results: dict[str, Any] = {}
-        for _ in range(3):
+        for _ in range(5):
             results = {
                 run.key: fake_result(run)
                 for run in plan(study, preset, {k: r["validation_loss"] for k, r in results.items()})
@@ -230,9 +251,9 @@ def test_figures_and_tables_of_all_studies(tmp_path: Path) -> None:
     parts = evidence.sections("cpu", found)
     assert all("Not run yet" not in text for text in parts.values())
     assert parts["progress"].count("| 0 |") == len(STUDIES)
-    assert "| sum | 3e-05 | 5 | 3.1500 ± 0.1963 | -0.1000 ± 0.0000 | -0.0500 ± 0.0000 |" in parts["retrofit"]
+    assert "| sum | 3e-06 | 5 | 3.1500 ± 0.1963 | -0.1001 ± 0.0000 | -0.0500 ± 0.0000 |" in parts["retrofit"]
     drawn = evidence.figures(found)
-    assert len(drawn) == 5
+    assert len(drawn) == 6
     for name, chart in drawn.items():
         png, _ = evidence.save(chart, tmp_path / name)
         assert png.stat().st_size > 5000

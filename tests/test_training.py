@@ -329,6 +329,19 @@ def test_a_checkpoint_of_other_parameters_is_refused(converted: Path, corpus: Pa
         finetune(converted, train="depth", **settings, **rates)
 
 
+def test_default_learning_rates() -> None:
+    rates = TrainingSettings(steps=1).learning_rates
+    assert rates("full") == (1e-4, 1e-4)
+    assert rates("full", num_heads=8) == (1e-4, pytest.approx(1e-3))
+    assert rates("lora") == (2e-4, 1e-4)
+    assert TrainingSettings(steps=1, learning_rate=1e-3).learning_rates("lora", num_heads=8) == (1e-3, 1e-3)
+    assert rates("depth", num_heads=8) == (0.0, 3e-3)
+    assert rates("scratch", num_heads=8) == (4e-3, 4e-3)
+    assert TrainingSettings(steps=1, learning_rate=1e-5).learning_rates("full") == (1e-5, 1e-5)
+    chosen = TrainingSettings(steps=1, learning_rate=1e-5, depth_learning_rate=2e-3)
+    assert chosen.learning_rates("full", num_heads=8) == (1e-5, 2e-3)
+
+
 def test_finished_and_other_settings(converted: Path, corpus: Path, tmp_path: Path) -> None:
     arguments: dict[str, Any] = dict(data=corpus / "text.jsonl", output=tmp_path / "out", **QUICK)
     first = finetune(converted, **arguments)

@@ -100,7 +100,8 @@ def finetune(
     rows = load_data(*(as_list(data), as_list(validation)), split=split, text_column=text_column, seed=chosen.seed)
     if rows.kind == "messages" and tokenizer.chat_template is None:
         raise TrainingError(f"The data are dialogues, and the tokenizer of {checkpoint} has no chat template.")
-    learning_rates = chosen.learning_rates(train)
+    num_heads = config.depth_attention["num_heads"] if isinstance(config, AttnResConfig) else 1
+    learning_rates = chosen.learning_rates(train, num_heads)
     report = TrainingReport(
         source=str(checkpoint) if not Path(checkpoint).exists() else directory.resolve().name,
         method={"train": train, "residual": "plain" if plain else "attnres", "merge": merge},

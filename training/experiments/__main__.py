@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..errors import TrainingError
+from ...configuration_attnres import AttnResError
 from .runner import RESULTS, run_study
 from .studies import STUDIES
 
@@ -52,5 +52,5 @@ def report(
 if __name__ == "__main__":
     try:
         app()
-    except TrainingError as error:
+    except AttnResError as error:
         sys.exit(f"Error: {error}")

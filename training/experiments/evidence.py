@@ -17,7 +17,7 @@ from ...analysis.figures import LIGHT_COLORS, save
 from ..errors import TrainingError
 from . import scaling
 from .runner import RESULTS, preset_named, results_of
-from .studies import ABLATION, BLOCK_SIZES, KINDS, RETROFIT, SIZES, STUDIES, plan
+from .studies import ABLATION, BLOCK_SIZES, KINDS, RETROFIT, SIZES, SMOLLM2_ARMS, STUDIES, plan
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 FIGURES = PAGE.parent / "figures"
@@ -227,6 +227,7 @@ def differences_figure(losses: Mapping[str, Mapping[int, float]], arms: Sequence
     base = alt.Chart(pd.DataFrame(rows), width=WIDTH, height=22 * len(rows))
     zero = alt.Chart(pd.DataFrame({"x": [0.0]})).mark_rule(color="#6b7280", strokeDash=[5, 3]).encode(x="x:Q")
     x = alt.X("mean:Q", title="validation loss minus plain's, same batches (negative is better)").scale(zero=False)
+    x = x.axis(tickCount=5)
     return (
         zero
         + base.mark_rule(strokeWidth=2, color=LIGHT_COLORS[0]).encode(x="low:Q", x2="high:Q", y=y)
@@ -300,6 +301,7 @@ def sections(preset: str, results: Mapping[str, Results]) -> dict[str, str]:
     makers: dict[str, tuple[str, Callable[[Results], str]]] = {
         "retrofit": ("retrofit", retrofit_table),
         "grid": ("retrofit", grid_table),
+        "smollm2": ("smollm2", retrofit_table),
         "ablation": ("ablation", ablation_table),
         "blocks": ("ablation", blocks_table),
         "scaling": ("scaling", lambda found: laws_table(scaling_points(found), BASELINE, None)),
@@ -316,6 +318,8 @@ def figures(results: Mapping[str, Results]) -> dict[str, Any]:
     losses = {study: main_losses(results.get(study, {})) for study in STUDIES}
     if any(difference(losses["retrofit"], arm).count for arm in RETROFIT if arm != BASELINE):
         found["evidence-retrofit"] = differences_figure(losses["retrofit"], list(RETROFIT), "Retrofits of tiny-qwen3")
+    if any(difference(losses["smollm2"], arm).count for arm in SMOLLM2_ARMS if arm != BASELINE):
+        found["evidence-smollm2"] = differences_figure(losses["smollm2"], list(SMOLLM2_ARMS), "Retrofits of SmolLM2")
     if any(difference(losses["ablation"], arm).count for arm in ABLATION if arm != BASELINE):
         found["evidence-ablation"] = differences_figure(losses["ablation"], list(ABLATION), "From scratch")
     if len(losses["ablation"].keys() & BLOCK_SIZES.values()) > 1:

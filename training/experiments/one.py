@@ -22,7 +22,7 @@ MAGNITUDE_WINDOWS = 16  # sequences of the validation text over which magnitudes
 
 def result_of(run: Run, corpus: dict[str, Any]) -> dict[str, Any]:
     """Trains, and returns what is kept: validation losses, settings, seeds, versions and the corpus's hash."""
-    settings = {**run.training, "seed": run.seed, "tensorboard": False, "precision": precision()}
+    settings = {"precision": precision(), **run.training, "seed": run.seed, "tensorboard": False}
     settings |= {"save_every": 10 * settings["steps"], "log_every": 10}
     if settings["steps"] >= 20:
         settings["eval_every"] = settings["steps"] // 20 * 10  # before, halfway and after

@@ -14,9 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ...examples import real_model
 from ..errors import TrainingError
 from .corpus import Corpus, make_corpus
-from .studies import PRESETS, Preset, Run, plan
+from .studies import PRESETS, REAL, SMOLLM2, Preset, Run, plan
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -72,6 +73,7 @@ def run_study(
 
     Raises:
         TrainingError: a run failed; its message is in the error. Finished results are kept.
+        UnreachableError: SmolLM2 is not here, and the package index that has it is not reached.
     """
     preset, directory = preset_named(preset_name), output / f"{study}-{preset_name}"
     directory.mkdir(parents=True, exist_ok=True)
@@ -91,6 +93,8 @@ def run_study(
             busy = {run.key for run in running.values()}
             missing = [run for run in plan(study, preset, losses) if run.key not in losses]
             waiting = [run for run in missing if run.key not in busy]
+            if any(run.source == SMOLLM2 for run in missing):
+                real_model.fetch(REAL)
             is_over = end is not None and time.monotonic() > end
             while waiting and len(running) < workers and not is_over:
                 run = waiting.pop(0)

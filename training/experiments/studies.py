@@ -9,7 +9,10 @@ from typing import Any
 
 from ..errors import TrainingError
 
-TINY = str(Path(__file__).parents[2] / "examples" / "tiny-qwen3")
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "examples" / "tiny-qwen3")
+REAL = ROOT / ".cache" / "real"  # where `make real` keeps its model, too
+SMOLLM2 = str(REAL / "SmolLM2-135M-Instruct")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Preset:
         steps: optimizer steps of a run, by study.
         seeds: of the main runs, by study.
         batch_size, sequence_length: of all runs.
-        grid: learning rates of the depth parameters that are tried, as multiples of the decoder's.
+        grid: learning rates of the depth parameters that are tried first, as multiples of the decoder's.
         rates: learning rates of the decoder that are tried.
         training_bytes, validation_bytes: of text.
         arms: the arms of each study that are run; all that are not named.
@@ -76,8 +79,8 @@ class Preset:
 
 PRESETS = {
     "smoke": Preset(
-        steps=dict(retrofit=2, ablation=2, scaling=2),
-        seeds=dict(retrofit=2, ablation=2, scaling=1),
+        steps=dict(retrofit=2, smollm2=2, ablation=2, scaling=2),
+        seeds=dict(retrofit=2, smollm2=1, ablation=2, scaling=1),
         batch_size=2,
         sequence_length=32,
         grid=(1.0,),
@@ -87,12 +90,12 @@ PRESETS = {
         arms=dict(retrofit=("plain", "sum"), ablation=("plain", "Full")),
     ),
     "cpu": Preset(
-        steps=dict(retrofit=300, ablation=300, scaling=300),
-        seeds=dict(retrofit=5, ablation=3, scaling=1),
+        steps=dict(retrofit=300, smollm2=100, ablation=300, scaling=300),
+        seeds=dict(retrofit=5, smollm2=3, ablation=3, scaling=1),
     ),
     "gpu": Preset(
-        steps=dict(retrofit=1000, ablation=2000, scaling=2000),
-        seeds=dict(retrofit=5, ablation=3, scaling=2),
+        steps=dict(retrofit=1000, smollm2=1000, ablation=2000, scaling=2000),
+        seeds=dict(retrofit=5, smollm2=5, ablation=3, scaling=2),
         batch_size=32,
         sequence_length=512,
         training_bytes=40_000_000,
@@ -110,6 +113,11 @@ RETROFIT: dict[str, dict[str, Any]] = {
     "gated": dict(depth=dict(num_blocks=8, mix="gated")),
     "Full": dict(depth=dict(block_size=1, mix="sum")),
 }
+
+# (a) on a real model: plain, and the arms that were best on the small one, by the learning rate of their depth
+# parameters that was best there, as a multiple of the decoder's.
+SMOLLM2_ARMS = {"plain": 1.0, "Full": 3.0, "8 heads": 10.0, "4 heads": 10.0}
+SMOLLM2_RATE = 1e-4  # of the decoder, in all arms
 
 # (b) Table 4 in small: all at equal data, from the same initial weights.
 ABLATION: dict[str, dict[str, Any]] = {
@@ -147,17 +155,19 @@ SMALL = dict(
 # (e) Width and decoder layers of each size.
 SIZES = ((64, 4), (96, 6), (128, 8), (192, 10))
 GRID_SEED = 999  # no main run has it
+# An arm whose best depth learning rate is at an end of its grid gets the next of these multiples, too.
+MULTIPLES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SCRATCH_RATE = 4e-3  # as tiny-qwen3 was trained
 
-STUDIES = ("retrofit", "ablation", "scaling")
+STUDIES = ("retrofit", "smollm2", "ablation", "scaling")
 
 
 def plan(study: str, preset: Preset, losses: Mapping[str, float]) -> list[Run]:
     """The runs of a study, in the order in which they are done: seed by seed, so that all arms advance together.
 
     Learning rates of the retrofit come from runs of their own: the decoder's is the best of the plain arm, and that of
-    the depth parameters is the best of each arm. Runs whose learning rates are not known yet are left out, so plans
-    grow with the results.
+    the depth parameters is the best of each arm, whose grid grows until the best is at none of its ends. Runs whose
+    learning rates are not known yet are left out, so plans grow with the results.
 
     Args:
         study (`str`): one of `STUDIES`.
@@ -171,6 +181,8 @@ def plan(study: str, preset: Preset, losses: Mapping[str, float]) -> list[Run]:
         return _retrofit(preset, losses)
     if study not in STUDIES:
         raise TrainingError(f"There is no study {study!r}; there are: {', '.join(STUDIES)}.")
+    if study == "smollm2":
+        return _smollm2(preset)
     arms: dict[str, dict[str, Any]] = {
         "ablation": {arm: fields | {"backbone": SMALL} for arm, fields in ABLATION.items()},
         "scaling": {
@@ -227,13 +239,41 @@ def _retrofit(preset: Preset, losses: Mapping[str, float]) -> list[Run]:
     if (plain := best(grid["plain"])) is None:
         return grid["plain"]
     rate = plain.training["learning_rate"]
-    for arm in arms:
-        if arm != "plain":
-            grid[arm] = [run(arm, GRID_SEED, rate, rate * factor) for factor in preset.grid]
+
+    def widened(arm: str) -> list[Run]:
+        """The grid of an arm, by what is known: its best is at no end, or at one that is still to be run."""
+        first, last = MULTIPLES.index(preset.grid[0]), MULTIPLES.index(preset.grid[-1])
+        while True:
+            runs = [run(arm, GRID_SEED, rate, rate * factor) for factor in MULTIPLES[first : last + 1]]
+            chosen = best(runs)
+            if chosen is runs[0] and first > 0 and len(preset.grid) > 1:
+                first -= 1
+            elif chosen is runs[-1] and last < len(MULTIPLES) - 1 and len(preset.grid) > 1:
+                last += 1
+            else:
+                return runs
+
+    grid |= {arm: widened(arm) for arm in arms if arm != "plain"}
     found = {arm: chosen for arm, runs in grid.items() if (chosen := best(runs)) is not None}
     return [r for runs in grid.values() for r in runs] + [
         run(arm, seed, rate, found[arm].training["depth_learning_rate"])
         for seed in range(preset.seeds["retrofit"])
         for arm in arms
         if arm in found
+    ]
+
+
+def _smollm2(preset: Preset) -> list[Run]:
+    """In bfloat16 on CPUs too, which halves the time of a step."""
+    return [
+        Run(
+            "smollm2",
+            arm,
+            seed,
+            source=SMOLLM2,
+            training=_training("smollm2", preset, SMOLLM2_RATE, SMOLLM2_RATE * factor) | {"precision": "bf16"},
+            **RETROFIT[arm],
+        )
+        for seed in range(preset.seeds["smollm2"])
+        for arm, factor in SMOLLM2_ARMS.items()
     ]
