@@ -97,8 +97,37 @@ def test_plans_are_whole_and_paired(study: str, preset: str) -> None:
     main = [run for run in runs if run.stage == "main"]
     arms = {run.arm for run in main}
     assert len(main) == len(arms) * PRESETS[preset].seeds[study]
-    for name in ("steps", "batch_size", "sequence_length", "learning_rate"):
-        assert len({run.training[name] for run in main}) == 1
+    for name in ("steps", "batch_size", "sequence_length"):
+        of_size: dict[Any, set[Any]] = {}
+        for run in runs:
+            of_size.setdefault(run.backbone.get("hidden_size"), set()).add(run.training[name])
+        assert {len(values) for values in of_size.values()} == {1}
+    if study in ("retrofit", "smollm2"):
+        assert len({run.training["learning_rate"] for run in main}) == 1, "the decoder's"
+
+
+def test_variants_from_scratch_have_the_learning_rate_of_what_they_are_variants_of() -> None:
+    preset, best = PRESETS["cpu"], {"plain": 8e-3, "Block": 2e-3}  # both at an end of the first grid
+    losses: dict[str, float] = {}
+    for _ in range(5):
+        runs = plan("ablation", preset, losses)
+        losses |= {run.key: abs(np.log(run.training["learning_rate"] / best.get(run.arm, 4e-3))) for run in runs}
+    grids = [run for run in runs if run.stage == "grid"]
+    assert {run.seed for run in grids} == {GRID_SEED}
+    assert {run.arm for run in grids} == {"plain", "DenseFormer", "hyper-connections", "mHC", "Full", "Block"}
+    tried = {arm: [run.training["learning_rate"] for run in grids if run.arm == arm] for arm in best}
+    assert tried == {"plain": [2e-3, 4e-3, 8e-3, 1.6e-2], "Block": [1e-3, 2e-3, 4e-3, 8e-3]}
+    for run in runs:
+        if run.stage == "main":
+            assert run.training["learning_rate"] == best.get(run.arm.partition(",")[0], 4e-3)
+            assert run.training["depth_learning_rate"] == run.training["learning_rate"]
+
+
+def test_larger_models_see_more_tokens() -> None:
+    runs = plan("scaling", PRESETS["cpu"], {})
+    steps = [run.training["steps"] for run in sorted(runs, key=lambda run: run.backbone["hidden_size"])]
+    assert steps == sorted(steps)
+    assert len(set(steps)) == 4
 
 
 def test_the_real_model_has_the_arms_that_were_best_on_the_small_one() -> None:
@@ -185,7 +214,7 @@ def fake_result(run: Any, *_: Any) -> dict[str, Any]:
         "tokens": 1000,
         "parameters": 10**6 + 10_000 * width,
         "validation_loss": loss,
-        "validation_losses": [[run.training["steps"] // 2, 2 * loss], [run.training["steps"], loss]],
+        "train_losses": [[share * run.training["steps"] // 10, 2 * loss - share / 10] for share in range(1, 11)],
         "steps": run.training["steps"],
         "magnitudes": magnitudes if run.magnitudes else None,
         "corpus": {"sha256": CORPUS.get("sha256"), "packages": {}},
@@ -217,7 +246,7 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     CORPUS["sha256"] = "other"
     monkeypatch.setattr(runner, "_in_process", lambda run, *_: fake_result(run))
     run_study("ablation", "smoke", **kwargs)
-    with pytest.raises(TrainingError, match="seed0.json is of another text"):
+    with pytest.raises(TrainingError, match="seed999.json is of another text"):
         run_study("ablation", "smoke", **kwargs)
 
 
@@ -225,7 +254,8 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_run_in_a_process_of_its_own(study: str, arm: str, tmp_path: Path) -> None:
     preset = PRESETS["smoke"]
     losses = {run.key: 1.0 for run in plan(study, preset, {})}
-    chosen = next(run for run in plan(study, preset, losses) if run.arm == arm)
+    losses |= {run.key: 1.0 for run in plan(study, preset, losses)}
+    chosen = next(run for run in plan(study, preset, losses) if run.arm == arm and run.stage == "main")
     text = make_corpus(tmp_path, preset.training_bytes, preset.validation_bytes)
     result = runner._in_process(chosen, text, 1)
     assert result["steps"] == 2
@@ -251,7 +281,8 @@ def test_figures_and_tables_of_all_studies(tmp_path: Path) -> None:
     parts = evidence.sections("cpu", found)
     assert all("Not run yet" not in text for text in parts.values())
     assert parts["progress"].count("| 0 |") == len(STUDIES)
-    assert "| sum | 3e-06 | 5 | 3.1500 ± 0.1963 | -0.1001 ± 0.0000 | -0.0500 ± 0.0000 |" in parts["retrofit"]
+    row = "| sum | 3e-06 | 5 | 3.1500 ± 0.1963 | -0.0500 ± 0.0000 | 5.3500 ± 0.3926 | -0.1001 ± 0.0000 |"
+    assert row in parts["retrofit"]
     drawn = evidence.figures(found)
     assert len(drawn) == 6
     for name, chart in drawn.items():

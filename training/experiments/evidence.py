@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,15 +73,34 @@ class Mean:
         return number if np.isnan(self.half) else f"{number} ± {self.half:.4f}"
 
 
-def main_losses(results: Results, halfway: bool = False) -> dict[str, dict[int, float]]:
-    """Validation losses of the main runs, by arm and seed, after the last step or, where it was measured, after half of
-    them."""
+def training_loss(result: Mapping[str, Any]) -> float:
+    """The mean loss of the batches of the last fifth of a run's steps, in nats per token.
+
+    No text comes twice in a run, so these are losses on text that was not seen before, of the packages that are trained
+    on. Arms of one seed meet the same batches.
+    """
+    return float(np.mean([loss for step, loss in result["train_losses"] if step > 0.8 * result["steps"]]))
+
+
+def validation_loss(result: Mapping[str, Any]) -> float:
+    """The loss after the last step on the packages that were held out, in nats per token."""
+    return float(result["validation_loss"])
+
+
+MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "held-out packages": validation_loss,
+    "training packages": training_loss,
+}
+
+
+def main_losses(
+    results: Results, measure: Callable[[Mapping[str, Any]], float] = validation_loss
+) -> dict[str, dict[int, float]]:
+    """Losses of the main runs, by arm and seed."""
     found: dict[str, dict[int, float]] = {}
     for result in results.values():
-        curve = dict(map(tuple, result["validation_losses"]))
-        step = result["steps"] // 2 if halfway else result["steps"]
-        if result["stage"] == "main" and step in curve:
-            found.setdefault(result["arm"], {})[result["seed"]] = curve[step]
+        if result["stage"] == "main":
+            found.setdefault(result["arm"], {})[result["seed"]] = measure(result)
     return found
 
 
@@ -102,70 +121,91 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _comparisons(results: Results, arm: str, baseline: str = BASELINE) -> list[str]:
+    """Cells of an arm: by each measure, its loss and the difference from the baseline."""
+    cells = []
+    for measure in MEASURES.values():
+        losses = main_losses(results, measure)
+        cells.append(Mean.of(list(losses[arm].values())).text())
+        cells.append("" if arm == baseline else difference(losses, arm, baseline).text(signed=True))
+    return cells
+
+
+def _comparison_header(baseline: str = BASELINE) -> list[str]:
+    return [cell for measure in MEASURES for cell in (measure, f"minus {baseline}")]
+
+
 def retrofit_table(results: Results) -> str:
     losses = main_losses(results)
-    halfway = main_losses(results, halfway=True)
     rates = {r["arm"]: r["training"] for r in results.values() if r["stage"] == "main"}
     rows = []
     for arm in RETROFIT:
         if arm in losses:
             rate = "" if arm == BASELINE else f"{rates[arm]['depth_learning_rate']:g}"
-            mean = Mean.of(list(losses[arm].values()))
-            gaps = ["" if arm == BASELINE else difference(of, arm).text(signed=True) for of in (halfway, losses)]
-            rows.append([arm, rate, str(mean.count), mean.text(), *gaps])
-    header = ["arm", "depth learning rate", "seeds", "validation loss", "minus plain, halfway", "minus plain"]
-    return table(header, rows)
+            rows.append([arm, rate, str(len(losses[arm])), *_comparisons(results, arm)])
+    return table(["arm", "depth learning rate", "seeds", *_comparison_header()], rows)
 
 
-def grid_table(results: Results) -> str:
-    found: dict[str, dict[float, float]] = {}
-    for result in results.values():
-        if result["stage"] == "grid":
-            training = result["training"]
-            rate = training["learning_rate" if result["arm"] == BASELINE else "depth_learning_rate"]
-            found.setdefault(result["arm"], {})[rate] = result["validation_loss"]
-    rows = [
-        [arm, ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(found[arm].items()))]
-        for arm in RETROFIT
-        if arm in found
-    ]
-    return table(["arm", "learning rate tried: validation loss"], rows)
+def grid_table(results: Results, arms: Iterable[str]) -> str:
+    """The losses of the grids, in a retrofit by the learning rate of the depth parameters."""
+    rows = []
+    for arm in arms:
+        of_arm = [r for r in results.values() if r["stage"] == "grid" and r["arm"] == arm]
+        name = "learning_rate" if arm == BASELINE else "depth_learning_rate"
+        of_arm.sort(key=lambda result: result["training"][name])
+        if of_arm:
+            rows.append(
+                [arm]
+                + [
+                    ", ".join(f"{result['training'][name]:g}: {measure(result):.4f}" for result in of_arm)
+                    for measure in MEASURES.values()
+                ]
+            )
+    return table(["arm", *(f"{measure}, by learning rate" for measure in MEASURES)], rows)
 
 
 def ablation_table(results: Results) -> str:
     losses = main_losses(results)
-    parameters = {r["arm"]: r["parameters"] for r in results.values()}
+    of_arm = {r["arm"]: r for r in results.values() if r["stage"] == "main"}
     rows = []
     for arm in ABLATION:
         if arm in losses:
-            mean = Mean.of(list(losses[arm].values()))
-            against = "" if arm == BASELINE else difference(losses, arm).text(signed=True)
             paper = PAPER_LOSSES.get(arm)
             shown = "–" if paper is None else f"{paper:.3f} ({paper - PAPER_LOSSES[BASELINE]:+.3f})"
-            rows.append([arm, f"{parameters[arm]:,}", str(mean.count), mean.text(), against, shown])
-    return table(["residuals", "parameters", "seeds", "validation loss", "minus plain", "paper (minus baseline)"], rows)
+            setup = [f"{of_arm[arm]['parameters']:,}", f"{of_arm[arm]['training']['learning_rate']:g}"]
+            rows.append([arm, *setup, str(len(losses[arm])), *_comparisons(results, arm), shown])
+    setup = ["residuals", "parameters", "learning rate", "seeds"]
+    return table([*setup, *_comparison_header(), "paper (minus baseline)"], rows)
 
 
 def blocks_table(results: Results) -> str:
     losses = main_losses(results)
-    rows = []
-    for size, arm in BLOCK_SIZES.items():
-        if arm in losses:
-            mean = Mean.of(list(losses[arm].values()))
-            gap = "" if size == 1 else difference(losses, arm, BLOCK_SIZES[1]).text(signed=True)
-            rows.append([f"S = {size}", str(16 // size), str(mean.count), mean.text(), gap])
-    return table(["block size", "blocks", "seeds", "validation loss", "minus S = 1"], rows)
+    rows = [
+        [f"S = {size}", str(16 // size), str(len(losses[arm])), *_comparisons(results, arm, BLOCK_SIZES[1])]
+        for size, arm in BLOCK_SIZES.items()
+        if arm in losses
+    ]
+    return table(["block size", "blocks", "seeds", *_comparison_header("S = 1")], rows)
 
 
-def scaling_points(results: Results) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Compute (PFLOP/s-days) and loss of each run, by kind; parameters without the embedding, as in C = 6 N D."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
+def scaling_points(
+    results: Results, measure: Callable[[Mapping[str, Any]], float] = validation_loss
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Compute (PFLOP/s-days) and loss of each size and seed, at the learning rate of the lowest validation loss.
+
+    Parameters are without the embedding, as in C = 6 N D.
+    """
+    best: dict[tuple[str, int], Mapping[str, Any]] = {}
     for result in results.values():
-        kind = result["arm"].partition(" ")[0]
-        xs, ys = found.setdefault(kind, ([], []))
+        key = (result["arm"], result["seed"])
+        if key not in best or validation_loss(result) < validation_loss(best[key]):
+            best[key] = result
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for result in best.values():
+        xs, ys = found.setdefault(result["arm"].partition(" ")[0], ([], []))
         parameters = result["parameters"] - result["backbone"]["hidden_size"] * 4096
         xs.append(float(scaling.compute([parameters], [result["tokens"]])[0]))
-        ys.append(result["validation_loss"])
+        ys.append(measure(result))
     return {kind: (np.array(xs), np.array(ys)) for kind, (xs, ys) in found.items()}
 
 
@@ -185,6 +225,14 @@ def laws_table(points: Mapping[str, tuple[Any, Any]], baseline: str, compute: fl
 def _advantage(baseline: scaling.PowerLaw, law: scaling.PowerLaw, compute: float) -> str:
     found = scaling.advantage(baseline, law, compute)
     return f"{found.factor:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def scaling_table(results: Results) -> str:
+    """The laws by each measure."""
+    parts = []
+    for name, measure in MEASURES.items():
+        parts.append(f"Loss on {name}:\n\n{laws_table(scaling_points(results, measure), BASELINE, None)}")
+    return "\n\n".join(parts)
 
 
 def paper_laws_table() -> str:
@@ -210,46 +258,58 @@ def progress_table(results: Mapping[str, Results], preset: str) -> str:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def differences_figure(losses: Mapping[str, Mapping[int, float]], arms: Sequence[str], title: str) -> Any:
-    """Paired differences from the plain arm, with their intervals, and every seed as a point."""
-    rows, points = [], []
-    for arm in arms:
-        if arm == BASELINE or not (mean := difference(losses, arm)).count:
-            continue
-        half = 0.0 if np.isnan(mean.half) else mean.half
-        rows.append({"arm": arm, "mean": mean.value, "low": mean.value - half, "high": mean.value + half})
-        points += [
-            {"arm": arm, "difference": losses[arm][seed] - losses[BASELINE][seed]}
-            for seed in losses[arm].keys() & losses[BASELINE].keys()
-        ]
-    order = [row["arm"] for row in rows]
-    y = alt.Y("arm:N", sort=order, title=None)
-    base = alt.Chart(pd.DataFrame(rows), width=WIDTH, height=22 * len(rows))
-    zero = alt.Chart(pd.DataFrame({"x": [0.0]})).mark_rule(color="#6b7280", strokeDash=[5, 3]).encode(x="x:Q")
-    x = alt.X("mean:Q", title="validation loss minus plain's, same batches (negative is better)").scale(zero=False)
-    x = x.axis(tickCount=5)
-    return (
-        zero
-        + base.mark_rule(strokeWidth=2, color=LIGHT_COLORS[0]).encode(x="low:Q", x2="high:Q", y=y)
-        + base.mark_point(filled=True, size=70, opacity=1, color=LIGHT_COLORS[0]).encode(x=x, y=y)
-        + alt.Chart(pd.DataFrame(points))
-        .mark_tick(color=LIGHT_COLORS[1], thickness=2, size=9)
-        .encode(x="difference:Q", y=y)
-    ).properties(title=alt.TitleParams(title, subtitle="dot: mean; line: 95 % interval; ticks: seeds"))
-
-
-def blocks_figure(losses: Mapping[str, Mapping[int, float]]) -> Any:
-    rows = []
-    for size, arm in BLOCK_SIZES.items():
-        if (mean := Mean.of(list(losses.get(arm, {}).values()))).count:
+def differences_figure(results: Results, arms: Sequence[str], title: str) -> Any:
+    """Paired differences from the plain arm by each measure, with their intervals, and every seed as a point."""
+    panels: list[Any] = []
+    for name, measure in MEASURES.items():
+        losses = main_losses(results, measure)
+        rows, points = [], []
+        for arm in arms:
+            if arm == BASELINE or not (mean := difference(losses, arm)).count:
+                continue
             half = 0.0 if np.isnan(mean.half) else mean.half
-            rows.append({"S": size, "loss": mean.value, "low": mean.value - half, "high": mean.value + half})
-    base = alt.Chart(pd.DataFrame(rows), width=WIDTH, height=190)
-    x = alt.X("S:Q", title="S, sublayers per block (of 16)").scale(type="log", base=2).axis(values=list(BLOCK_SIZES))
-    return (
-        base.mark_rule(strokeWidth=2).encode(x=x, y=alt.Y("low:Q").scale(zero=False), y2="high:Q")
-        + base.mark_line(point=True).encode(x=x, y=alt.Y("loss:Q", title="validation loss").scale(zero=False))
-    ).properties(title=alt.TitleParams("Block size", subtitle="mean and 95 % interval over seeds"))
+            rows.append({"arm": arm, "mean": mean.value, "low": mean.value - half, "high": mean.value + half})
+            points += [
+                {"arm": arm, "difference": losses[arm][seed] - losses[BASELINE][seed]}
+                for seed in losses[arm].keys() & losses[BASELINE].keys()
+            ]
+        order = [row["arm"] for row in rows]
+        y = alt.Y("arm:N", sort=order, title=None)
+        if panels:
+            y = y.axis(None)  # both panels have the same arms
+        base = alt.Chart(pd.DataFrame(rows), width=WIDTH * 2 // 3, height=22 * len(rows), title=name)
+        zero = alt.Chart(pd.DataFrame({"x": [0.0]})).mark_rule(color="#6b7280", strokeDash=[5, 3]).encode(x="x:Q")
+        x = alt.X("mean:Q", title="loss minus plain's").scale(zero=False).axis(tickCount=5, labelFlush=False)
+        panels.append(
+            zero
+            + base.mark_rule(strokeWidth=2, color=LIGHT_COLORS[0]).encode(x="low:Q", x2="high:Q", y=y)
+            + base.mark_point(filled=True, size=70, opacity=1, color=LIGHT_COLORS[0]).encode(x=x, y=y)
+            + alt.Chart(pd.DataFrame(points))
+            .mark_tick(color=LIGHT_COLORS[1], thickness=2, size=9)
+            .encode(x="difference:Q", y=y)
+        )
+    subtitle = "same batches; negative is better; dot: mean, line: 95 % interval, ticks: seeds"
+    return alt.hconcat(*panels).properties(title=alt.TitleParams(title, subtitle=subtitle))
+
+
+def blocks_figure(results: Results) -> Any:
+    """Loss against the block size by each measure, with intervals."""
+    panels: list[Any] = []
+    for name, measure in MEASURES.items():
+        losses, rows = main_losses(results, measure), []
+        for size, arm in BLOCK_SIZES.items():
+            if (mean := Mean.of(list(losses.get(arm, {}).values()))).count:
+                half = 0.0 if np.isnan(mean.half) else mean.half
+                rows.append({"S": size, "loss": mean.value, "low": mean.value - half, "high": mean.value + half})
+        base = alt.Chart(pd.DataFrame(rows), width=WIDTH * 2 // 3, height=190, title=name)
+        x = alt.X("S:Q", title="S, sublayers per block (of 16)").scale(type="log", base=2)
+        x = x.axis(values=list(BLOCK_SIZES))
+        panels.append(
+            base.mark_rule(strokeWidth=2).encode(x=x, y=alt.Y("low:Q").scale(zero=False), y2="high:Q")
+            + base.mark_line(point=True).encode(x=x, y=alt.Y("loss:Q", title="loss").scale(zero=False))
+        )
+    subtitle = "mean and 95 % interval over seeds"
+    return alt.hconcat(*panels).properties(title=alt.TitleParams("Block size", subtitle=subtitle))
 
 
 def magnitudes_figure(results: Results) -> Any:
@@ -262,7 +322,7 @@ def magnitudes_figure(results: Results) -> Any:
         for layer, value in enumerate(result["magnitudes"][field])
     ]
     frame = pd.DataFrame(rows)
-    panels = []
+    panels: list[Any] = []
     for what, title in (("output", "root mean square of outputs"), ("gradient", "norm of the gradient")):
         panels.append(
             alt.Chart(frame[frame["what"] == what], width=WIDTH // 2, height=190)
@@ -276,21 +336,28 @@ def magnitudes_figure(results: Results) -> Any:
     return alt.hconcat(*panels).properties(title="Magnitudes over depth, as in Fig. 5")
 
 
-def scaling_figure(points: Mapping[str, tuple[Any, Any]], title: str) -> Any:
-    dots, lines = [], []
-    for kind, (compute, losses) in points.items():
-        dots += [{"kind": kind, "compute": float(c), "loss": float(loss)} for c, loss in zip(compute, losses)]
-        if len(compute) >= 3:
-            law = scaling.PowerLaw.fit(compute, losses)
-            for c in np.geomspace(min(compute), max(compute), 30):
-                lines.append({"kind": kind, "compute": float(c), "loss": law.loss(float(c))})
-    x = alt.X("compute:Q", title="compute, PFLOP/s-days (C = 6 N D)").scale(type="log").axis(format=".1e", tickCount=4)
-    y = alt.Y("loss:Q", title="validation loss").scale(type="log", zero=False)
-    color = alt.Color("kind:N", title=None)
-    return (
-        alt.Chart(pd.DataFrame(lines), width=WIDTH, height=220).mark_line().encode(x=x, y=y, color=color)
-        + alt.Chart(pd.DataFrame(dots)).mark_point(filled=True, size=50, opacity=1).encode(x=x, y=y, color=color)
-    ).properties(title=title)
+def scaling_figure(results: Results, title: str) -> Any:
+    """Loss against compute by each measure, with the fitted laws."""
+    panels: list[Any] = []
+    for name, measure in MEASURES.items():
+        dots, lines = [], []
+        for kind, (compute, losses) in scaling_points(results, measure).items():
+            dots += [{"kind": kind, "compute": float(c), "loss": float(loss)} for c, loss in zip(compute, losses)]
+            if len(compute) >= 3:
+                law = scaling.PowerLaw.fit(compute, losses)
+                for c in np.geomspace(min(compute), max(compute), 30):
+                    lines.append({"kind": kind, "compute": float(c), "loss": law.loss(float(c))})
+        x = alt.X("compute:Q", title="compute, PFLOP/s-days (C = 6 N D)").scale(type="log")
+        x = x.axis(format=".0e", tickCount=3)
+        y = alt.Y("loss:Q", title="loss").scale(type="log", zero=False)
+        color = alt.Color("kind:N", title=None)
+        panels.append(
+            alt.Chart(pd.DataFrame(lines), width=WIDTH * 2 // 3, height=220, title=name)
+            .mark_line()
+            .encode(x=x, y=y, color=color)
+            + alt.Chart(pd.DataFrame(dots)).mark_point(filled=True, size=50, opacity=1).encode(x=x, y=y, color=color)
+        )
+    return alt.hconcat(*panels).properties(title=title)
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -300,11 +367,12 @@ def sections(preset: str, results: Mapping[str, Results]) -> dict[str, str]:
     """What stands between the markers of the page, by their names."""
     makers: dict[str, tuple[str, Callable[[Results], str]]] = {
         "retrofit": ("retrofit", retrofit_table),
-        "grid": ("retrofit", grid_table),
+        "grid": ("retrofit", lambda found: grid_table(found, RETROFIT)),
+        "scratch-grid": ("ablation", lambda found: grid_table(found, ABLATION)),
         "smollm2": ("smollm2", retrofit_table),
         "ablation": ("ablation", ablation_table),
         "blocks": ("ablation", blocks_table),
-        "scaling": ("scaling", lambda found: laws_table(scaling_points(found), BASELINE, None)),
+        "scaling": ("scaling", scaling_table),
     }
     found = {
         name: make(results[study]) if results.get(study) else "Not run yet." for name, (study, make) in makers.items()
@@ -317,17 +385,17 @@ def figures(results: Mapping[str, Results]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     losses = {study: main_losses(results.get(study, {})) for study in STUDIES}
     if any(difference(losses["retrofit"], arm).count for arm in RETROFIT if arm != BASELINE):
-        found["evidence-retrofit"] = differences_figure(losses["retrofit"], list(RETROFIT), "Retrofits of tiny-qwen3")
+        found["evidence-retrofit"] = differences_figure(results["retrofit"], list(RETROFIT), "Retrofits of tiny-qwen3")
     if any(difference(losses["smollm2"], arm).count for arm in SMOLLM2_ARMS if arm != BASELINE):
-        found["evidence-smollm2"] = differences_figure(losses["smollm2"], list(SMOLLM2_ARMS), "Retrofits of SmolLM2")
+        found["evidence-smollm2"] = differences_figure(results["smollm2"], list(SMOLLM2_ARMS), "Retrofits of SmolLM2")
     if any(difference(losses["ablation"], arm).count for arm in ABLATION if arm != BASELINE):
-        found["evidence-ablation"] = differences_figure(losses["ablation"], list(ABLATION), "From scratch")
+        found["evidence-ablation"] = differences_figure(results["ablation"], list(ABLATION), "From scratch")
     if len(losses["ablation"].keys() & BLOCK_SIZES.values()) > 1:
-        found["evidence-blocks"] = blocks_figure(losses["ablation"])
+        found["evidence-blocks"] = blocks_figure(results["ablation"])
     if any(result.get("magnitudes") for result in results.get("ablation", {}).values()):
         found["evidence-magnitudes"] = magnitudes_figure(results["ablation"])
-    if len(results.get("scaling", {})) >= len(SIZES) * len(KINDS):
-        found["evidence-scaling"] = scaling_figure(scaling_points(results["scaling"]), "Loss against compute")
+    if len({result["arm"] for result in results.get("scaling", {}).values()}) == len(SIZES) * len(KINDS):
+        found["evidence-scaling"] = scaling_figure(results["scaling"], "Loss against compute")
     return found
 
 

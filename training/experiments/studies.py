@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,44 +60,52 @@ class Preset:
     Attributes:
         steps: optimizer steps of a run, by study.
         seeds: of the main runs, by study.
-        batch_size, sequence_length: of all runs.
-        grid: learning rates of the depth parameters that are tried first, as multiples of the decoder's.
-        rates: learning rates of the decoder that are tried.
+        batch_size: sequences in a step, by study.
+        sequence_length: of all runs.
+        grid: learning rates of the depth parameters of a retrofit that are tried first, as multiples of the decoder's.
+        rates: learning rates of the plain decoder that are tried before a retrofit.
+        scratch_rates: learning rates of each arm that are tried first from scratch.
         training_bytes, validation_bytes: of text.
         arms: the arms of each study that are run; all that are not named.
     """
 
     steps: Mapping[str, int]
     seeds: Mapping[str, int]
-    batch_size: int = 8
+    batch_size: Mapping[str, int]
     sequence_length: int = 256
     grid: tuple[float, ...] = (1.0, 3.0, 10.0)
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
+    scratch_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     training_bytes: int = 8_000_000
     validation_bytes: int = 250_000
     arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+STUDIES = ("retrofit", "smollm2", "ablation", "scaling")
+
 PRESETS = {
     "smoke": Preset(
         steps=dict(retrofit=2, smollm2=2, ablation=2, scaling=2),
         seeds=dict(retrofit=2, smollm2=1, ablation=2, scaling=1),
-        batch_size=2,
+        batch_size=dict.fromkeys(STUDIES, 2),
         sequence_length=32,
         grid=(1.0,),
         rates=(3e-4,),
+        scratch_rates=(4e-3,),
         training_bytes=40_000,
         validation_bytes=3_000,
         arms=dict(retrofit=("plain", "sum"), ablation=("plain", "Full")),
     ),
     "cpu": Preset(
-        steps=dict(retrofit=300, smollm2=100, ablation=300, scaling=300),
+        # From scratch, many small steps learn far more from as many tokens than few large ones.
+        steps=dict(retrofit=300, smollm2=100, ablation=1200, scaling=1200),
         seeds=dict(retrofit=5, smollm2=3, ablation=3, scaling=1),
+        batch_size=dict(retrofit=8, smollm2=8, ablation=2, scaling=2),
     ),
     "gpu": Preset(
         steps=dict(retrofit=1000, smollm2=1000, ablation=2000, scaling=2000),
         seeds=dict(retrofit=5, smollm2=5, ablation=3, scaling=2),
-        batch_size=32,
+        batch_size=dict.fromkeys(STUDIES, 32),
         sequence_length=512,
         training_bytes=40_000_000,
     ),
@@ -141,7 +150,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 }
 # (c) The sweep over block sizes is of arms of (b): sublayers per block, of the 16 that SMALL has.
 BLOCK_SIZES = {1: "Full", 2: "Block, S = 2", 4: "Block", 8: "Block, S = 8", 16: "Block, S = 16"}
-SMALL = dict(
+SMALL: dict[str, Any] = dict(
     model_type="qwen3",
     hidden_size=128,
     intermediate_size=320,
@@ -152,22 +161,23 @@ SMALL = dict(
     max_position_embeddings=512,
     tie_word_embeddings=True,
 )
-# (e) Width and decoder layers of each size.
-SIZES = ((64, 4), (96, 6), (128, 8), (192, 10))
+# (e) Width and decoder layers of each size, and the share of the preset's steps: larger models see more tokens, as in
+# the paper's Table 2.
+SIZES = ((64, 4, 0.4), (96, 6, 0.6), (128, 8, 0.8), (192, 10, 1.0))
 GRID_SEED = 999  # no main run has it
 # An arm whose best depth learning rate is at an end of its grid gets the next of these multiples, too.
 MULTIPLES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-SCRATCH_RATE = 4e-3  # as tiny-qwen3 was trained
-
-STUDIES = ("retrofit", "smollm2", "ablation", "scaling")
+SCRATCH_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)  # the same, of all parameters from scratch
 
 
 def plan(study: str, preset: Preset, losses: Mapping[str, float]) -> list[Run]:
     """The runs of a study, in the order in which they are done: seed by seed, so that all arms advance together.
 
-    Learning rates of the retrofit come from runs of their own: the decoder's is the best of the plain arm, and that of
-    the depth parameters is the best of each arm, whose grid grows until the best is at none of its ends. Runs whose
-    learning rates are not known yet are left out, so plans grow with the results.
+    Learning rates come from runs of their own, in grids that grow until the best is at none of their ends. In a
+    retrofit the decoder's is the best of the plain arm, and that of the depth parameters the best of each arm. From
+    scratch all parameters have one, the best of each arm; variants of Full and Block AttnRes have that of Full and
+    Block. Points of the scaling study are the best of their grid. Runs whose learning rates are not known yet are left
+    out, so plans grow with the results.
 
     Args:
         study (`str`): one of `STUDIES`.
@@ -177,51 +187,108 @@ def plan(study: str, preset: Preset, losses: Mapping[str, float]) -> list[Run]:
     Raises:
         TrainingError: there is no such study.
     """
-    if study == "retrofit":
-        return _retrofit(preset, losses)
-    if study not in STUDIES:
-        raise TrainingError(f"There is no study {study!r}; there are: {', '.join(STUDIES)}.")
-    if study == "smollm2":
-        return _smollm2(preset)
-    arms: dict[str, dict[str, Any]] = {
-        "ablation": {arm: fields | {"backbone": SMALL} for arm, fields in ABLATION.items()},
-        "scaling": {
-            f"{kind} {width}x{layers}": _of_size(kind, width, layers) for width, layers in SIZES for kind in KINDS
-        },
-    }[study]
-    chosen = {arm: fields for arm, fields in arms.items() if arm in preset.arms.get(study, arms)}
-    return [
-        Run(
-            study,
-            arm,
-            seed,
-            training=_training(study, preset, SCRATCH_RATE, SCRATCH_RATE) | {"weight_decay": 0.1},
-            magnitudes=study == "ablation" and arm in ("plain", "Full", "Block"),
-            **fields,
-        )
-        for seed in range(preset.seeds[study])
-        for arm, fields in chosen.items()
-    ]
-
-
-KINDS: dict[str, dict[str, Any]] = {"plain": dict(residual="plain"), "Block": dict(depth=dict(num_blocks=8))}
-
-
-def _of_size(kind: str, width: int, layers: int) -> dict[str, Any]:
-    sizes = dict(hidden_size=width, intermediate_size=5 * width // 2, num_hidden_layers=layers, head_dim=32)
-    return KINDS[kind] | {
-        "backbone": SMALL | sizes | dict(num_attention_heads=width // 32, num_key_value_heads=width // 32)
+    plans: dict[str, Callable[[Preset, Mapping[str, float]], list[Run]]] = {
+        "retrofit": _retrofit,
+        "smollm2": _smollm2,
+        "ablation": _ablation,
+        "scaling": _scaling,
     }
+    if study not in plans:
+        raise TrainingError(f"There is no study {study!r}; there are: {', '.join(STUDIES)}.")
+    return plans[study](preset, losses)
 
 
 def _training(study: str, preset: Preset, rate: float, depth_rate: float) -> dict[str, Any]:
     return dict(
         steps=preset.steps[study],
-        batch_size=preset.batch_size,
+        batch_size=preset.batch_size[study],
         sequence_length=preset.sequence_length,
         learning_rate=rate,
         depth_learning_rate=depth_rate,
     )
+
+
+def _from_scratch(study: str, preset: Preset, rate: float) -> dict[str, Any]:
+    return _training(study, preset, rate, rate) | {"weight_decay": 0.1}
+
+
+def _best(runs: Sequence[Run], losses: Mapping[str, float]) -> Run | None:
+    """The run of the lowest loss, once all are finished."""
+    return min(runs, key=lambda r: losses[r.key]) if all(r.key in losses for r in runs) else None
+
+
+def _widened(
+    run: Callable[[float], Run], first: Sequence[float], all_values: Sequence[float], losses: Mapping[str, float]
+) -> list[Run]:
+    """The grid of an arm, by what is known: its best is at no end, or at one that is still to be run.
+
+    Args:
+        run: makes the run of a value.
+        first: the values that are tried first; if there is one alone, the grid does not grow.
+        all_values: those that the grid may grow to, in ascending order.
+        losses: of the finished runs, by their key.
+    """
+    low, high = all_values.index(first[0]), all_values.index(first[-1])
+    while True:
+        runs = [run(value) for value in all_values[low : high + 1]]
+        chosen = _best(runs, losses)
+        if chosen is runs[0] and low > 0 and len(first) > 1:
+            low -= 1
+        elif chosen is runs[-1] and high < len(all_values) - 1 and len(first) > 1:
+            high += 1
+        else:
+            return runs
+
+
+def _ablation(preset: Preset, losses: Mapping[str, float]) -> list[Run]:
+    def run(arm: str, seed: int, rate: float) -> Run:
+        stage = "grid" if seed == GRID_SEED else "main"
+        magnitudes = stage == "main" and arm in ("plain", "Full", "Block")
+        training = _from_scratch("ablation", preset, rate)
+        return Run(
+            "ablation", arm, seed, stage, backbone=SMALL, training=training, magnitudes=magnitudes, **ABLATION[arm]
+        )
+
+    arms = preset.arms.get("ablation", tuple(ABLATION))
+    grids = {
+        arm: _widened(partial(run, arm, GRID_SEED), preset.scratch_rates, SCRATCH_RATES, losses)
+        for arm in arms
+        if arm == _parent(arm)
+    }
+    found = {arm: chosen for arm, runs in grids.items() if (chosen := _best(runs, losses)) is not None}
+    return [r for runs in grids.values() for r in runs] + [
+        run(arm, seed, found[_parent(arm)].training["learning_rate"])
+        for seed in range(preset.seeds["ablation"])
+        for arm in arms
+        if _parent(arm) in found
+    ]
+
+
+def _parent(arm: str) -> str:
+    """The arm whose learning rate an arm has: "Full" for "Full, sigmoid"."""
+    return arm.partition(",")[0]
+
+
+KINDS: dict[str, dict[str, Any]] = {"plain": dict(residual="plain"), "Block": dict(depth=dict(num_blocks=8))}
+
+
+def _scaling(preset: Preset, losses: Mapping[str, float]) -> list[Run]:
+    def run(kind: str, seed: int, width: int, layers: int, share: float, rate: float) -> Run:
+        heads = width // SMALL["head_dim"]
+        sizes = dict(hidden_size=width, intermediate_size=5 * width // 2, num_hidden_layers=layers)
+        backbone = SMALL | sizes | dict(num_attention_heads=heads, num_key_value_heads=heads)
+        training = _from_scratch("scaling", preset, rate)
+        training["steps"] = round(share * training["steps"])
+        arm = f"{kind} {width}x{layers}"
+        return Run("scaling", arm, seed, "grid", backbone=backbone, training=training, **KINDS[kind])
+
+    return [
+        of_rate
+        for seed in range(preset.seeds["scaling"])
+        for size in SIZES
+        for kind in KINDS
+        for of_rate in _widened(partial(run, kind, seed, *size), preset.scratch_rates, SCRATCH_RATES, losses)
+    ]
 
 
 def _retrofit(preset: Preset, losses: Mapping[str, float]) -> list[Run]:
@@ -232,29 +299,16 @@ def _retrofit(preset: Preset, losses: Mapping[str, float]) -> list[Run]:
         training = _training("retrofit", preset, rate, depth_rate)
         return Run("retrofit", arm, seed, stage, TINY, training=training, **arms[arm])
 
-    def best(runs: list[Run]) -> Run | None:
-        return min(runs, key=lambda r: losses[r.key]) if all(r.key in losses for r in runs) else None
-
     grid = {"plain": [run("plain", GRID_SEED, rate, rate) for rate in preset.rates]}
-    if (plain := best(grid["plain"])) is None:
+    if (plain := _best(grid["plain"], losses)) is None:
         return grid["plain"]
     rate = plain.training["learning_rate"]
 
-    def widened(arm: str) -> list[Run]:
-        """The grid of an arm, by what is known: its best is at no end, or at one that is still to be run."""
-        first, last = MULTIPLES.index(preset.grid[0]), MULTIPLES.index(preset.grid[-1])
-        while True:
-            runs = [run(arm, GRID_SEED, rate, rate * factor) for factor in MULTIPLES[first : last + 1]]
-            chosen = best(runs)
-            if chosen is runs[0] and first > 0 and len(preset.grid) > 1:
-                first -= 1
-            elif chosen is runs[-1] and last < len(MULTIPLES) - 1 and len(preset.grid) > 1:
-                last += 1
-            else:
-                return runs
+    def of_multiple(arm: str, multiple: float) -> Run:
+        return run(arm, GRID_SEED, rate, rate * multiple)
 
-    grid |= {arm: widened(arm) for arm in arms if arm != "plain"}
-    found = {arm: chosen for arm, runs in grid.items() if (chosen := best(runs)) is not None}
+    grid |= {arm: _widened(partial(of_multiple, arm), preset.grid, MULTIPLES, losses) for arm in arms if arm != "plain"}
+    found = {arm: chosen for arm, runs in grid.items() if (chosen := _best(runs, losses)) is not None}
     return [r for runs in grid.values() for r in runs] + [
         run(arm, seed, rate, found[arm].training["depth_learning_rate"])
         for seed in range(preset.seeds["retrofit"])
@@ -263,7 +317,7 @@ def _retrofit(preset: Preset, losses: Mapping[str, float]) -> list[Run]:
     ]
 
 
-def _smollm2(preset: Preset) -> list[Run]:
+def _smollm2(preset: Preset, losses: Mapping[str, float]) -> list[Run]:
     """In bfloat16 on CPUs too, which halves the time of a step."""
     return [
         Run(
