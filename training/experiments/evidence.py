@@ -76,8 +76,8 @@ class Mean:
 def training_loss(result: Mapping[str, Any]) -> float:
     """The mean loss of the batches of the last fifth of a run's steps, in nats per token.
 
-    No text comes twice in a run, so these are losses on text that was not seen before, of the packages that are trained
-    on. Arms of one seed meet the same batches.
+    Arms of one seed meet the same batches. In the preset `cpu` no run sees more tokens than its text has, so these are
+    losses on new text of the packages that are trained on. A preset of more tokens than text repeats what it has seen.
     """
     return float(np.mean([loss for step, loss in result["train_losses"] if step > 0.8 * result["steps"]]))
 

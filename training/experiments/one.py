@@ -24,8 +24,6 @@ def result_of(run: Run, corpus: dict[str, Any]) -> dict[str, Any]:
     """Trains, and returns what is kept: validation losses, settings, seeds, versions and the corpus's hash."""
     settings = {"precision": precision(), **run.training, "seed": run.seed, "tensorboard": False}
     settings |= {"save_every": 10 * settings["steps"], "log_every": 10}
-    if settings["steps"] >= 20:
-        settings["eval_every"] = settings["steps"] // 20 * 10  # before, halfway and after
     with TemporaryDirectory() as directory:
         output = Path(directory) / "out"
         files = dict(data=corpus["training"], validation=corpus["validation"])
@@ -61,7 +59,6 @@ def summary(run: Run, report: TrainingReport, corpus: dict[str, Any]) -> dict[st
         "training": dict(run.training),
         "validation_loss": report.validation["after"]["loss"],
         "validation_loss_before": report.validation["before"]["loss"],
-        "validation_losses": [[step, round(loss, 5)] for step, loss in report.evaluations],
         "bits_per_byte": report.validation["after"].get("bits_per_byte"),
         "train_losses": [[step, round(loss, 5)] for step, loss in report.losses],
         "steps": report.steps,

@@ -66,7 +66,7 @@ class Preset:
         rates: learning rates of the plain decoder that are tried before a retrofit.
         scratch_rates: learning rates of each arm that are tried first from scratch.
         training_bytes, validation_bytes: of text.
-        arms: the arms of each study that are run; all that are not named.
+        arms: the arms of the retrofits and of the ablation that are run; all of a study that is not named.
     """
 
     steps: Mapping[str, int]
