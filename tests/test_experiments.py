@@ -16,7 +16,7 @@ from attnres.training.experiments import corpus, evidence, runner, scaling
 from attnres.training.experiments.corpus import make_corpus
 from attnres.training.experiments.evidence import Mean
 from attnres.training.experiments.runner import run_study
-from attnres.training.experiments.studies import GRID_SEED, PRESETS, SMOLLM2_ARMS, STUDIES, plan
+from attnres.training.experiments.studies import ABLATION, GRID_SEED, PRESETS, SMOLLM2_ARMS, STUDIES, plan
 
 # -- text --------------------------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ def test_plans_are_whole_and_paired(study: str, preset: str) -> None:
         assert len({run.training["learning_rate"] for run in main}) == 1, "the decoder's"
 
 
-def test_variants_from_scratch_have_the_learning_rate_of_what_they_are_variants_of() -> None:
+def test_each_arm_from_scratch_has_its_own_learning_rate() -> None:
     preset, best = PRESETS["cpu"], {"plain": 8e-3, "Block": 2e-3}  # both at an end of the first grid
     losses: dict[str, float] = {}
     for _ in range(5):
@@ -114,12 +114,13 @@ def test_variants_from_scratch_have_the_learning_rate_of_what_they_are_variants_
         losses |= {run.key: abs(np.log(run.training["learning_rate"] / best.get(run.arm, 4e-3))) for run in runs}
     grids = [run for run in runs if run.stage == "grid"]
     assert {run.seed for run in grids} == {GRID_SEED}
-    assert {run.arm for run in grids} == {"plain", "DenseFormer", "hyper-connections", "mHC", "Full", "Block"}
-    tried = {arm: [run.training["learning_rate"] for run in grids if run.arm == arm] for arm in best}
-    assert tried == {"plain": [2e-3, 4e-3, 8e-3, 1.6e-2], "Block": [1e-3, 2e-3, 4e-3, 8e-3]}
+    assert {run.arm for run in grids} == {*ABLATION}
+    tried = {arm: [run.training["learning_rate"] for run in grids if run.arm == arm] for arm in [*best, "Full"]}
+    first = [2e-3, 4e-3, 8e-3]
+    assert tried == {"plain": [*first, 1.6e-2], "Block": [1e-3, *first], "Full": first}
     for run in runs:
         if run.stage == "main":
-            assert run.training["learning_rate"] == best.get(run.arm.partition(",")[0], 4e-3)
+            assert run.training["learning_rate"] == best.get(run.arm, 4e-3)
             assert run.training["depth_learning_rate"] == run.training["learning_rate"]
 
 
@@ -232,7 +233,8 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(runner, "_in_process", run)
     preset = PRESETS["smoke"]
-    CORPUS["sha256"] = make_corpus(tmp_path / "text", preset.training_bytes, preset.validation_bytes).sha256
+    text = make_corpus(tmp_path / "text", preset.training_bytes, preset.validation_bytes)
+    CORPUS["sha256"] = text.sha256
     kwargs: dict[str, Any] = dict(output=tmp_path, work=tmp_path / "text", report=lambda line: None)
     with pytest.raises(TrainingError, match="stopped"):
         run_study("retrofit", "smoke", **kwargs)
@@ -248,6 +250,13 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     run_study("ablation", "smoke", **kwargs)
     with pytest.raises(TrainingError, match="seed999.json is of another text"):
         run_study("ablation", "smoke", **kwargs)
+    CORPUS["sha256"] = text.sha256
+    planned = plan("scaling", preset, {})[0]
+    result = fake_result(planned)
+    result["training"] = {**planned.training, "steps": 3}  # as if the plan had changed since
+    (tmp_path / "scaling-smoke" / f"{planned.key}.json").write_text(json.dumps(result))
+    with pytest.raises(TrainingError, match="was trained with .*'steps': 3.* and the plan has .*'steps': 1"):
+        run_study("scaling", "smoke", **kwargs)
 
 
 @pytest.mark.parametrize(("study", "arm"), [("retrofit", "sum"), ("ablation", "Full")])

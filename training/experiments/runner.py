@@ -72,7 +72,8 @@ def run_study(
         `int`: how many runs of those that are known by now are still missing.
 
     Raises:
-        TrainingError: a run failed; its message is in the error. Finished results are kept.
+        TrainingError: a run failed, and its message is in the error; or a result is of other text or settings than the
+            plan has. Finished results are kept.
         UnreachableError: SmolLM2 is not here, and the package index that has it is not reached.
     """
     preset, directory = preset_named(preset_name), output / f"{study}-{preset_name}"
@@ -89,9 +90,16 @@ def run_study(
                 )
         running: dict[Future[dict[str, Any]], Run] = {}
         while True:
-            losses = {key: result["validation_loss"] for key, result in results_of(directory).items()}
+            results = results_of(directory)
+            planned = plan(study, preset, {key: result["validation_loss"] for key, result in results.items()})
+            for run in planned:
+                if run.key in results and results[run.key]["training"] != run.training:
+                    raise TrainingError(
+                        f"{directory / run.key}.json was trained with {results[run.key]['training']}, and the plan has "
+                        f"{run.training}. Remove it, and the run is done again."
+                    )
+            missing = [run for run in planned if run.key not in results]
             busy = {run.key for run in running.values()}
-            missing = [run for run in plan(study, preset, losses) if run.key not in losses]
             waiting = [run for run in missing if run.key not in busy]
             if any(run.source == SMOLLM2 for run in missing):
                 real_model.fetch(REAL)

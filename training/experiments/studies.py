@@ -175,9 +175,8 @@ def plan(study: str, preset: Preset, losses: Mapping[str, float]) -> list[Run]:
 
     Learning rates come from runs of their own, in grids that grow until the best is at none of their ends. In a
     retrofit the decoder's is the best of the plain arm, and that of the depth parameters the best of each arm. From
-    scratch all parameters have one, the best of each arm; variants of Full and Block AttnRes have that of Full and
-    Block. Points of the scaling study are the best of their grid. Runs whose learning rates are not known yet are left
-    out, so plans grow with the results.
+    scratch all parameters have one, the best of each arm. Points of the scaling study are the best of their grid. Runs
+    whose learning rates are not known yet are left out, so plans grow with the results.
 
     Args:
         study (`str`): one of `STUDIES`.
@@ -250,23 +249,14 @@ def _ablation(preset: Preset, losses: Mapping[str, float]) -> list[Run]:
         )
 
     arms = preset.arms.get("ablation", tuple(ABLATION))
-    grids = {
-        arm: _widened(partial(run, arm, GRID_SEED), preset.scratch_rates, SCRATCH_RATES, losses)
-        for arm in arms
-        if arm == _parent(arm)
-    }
+    grids = {arm: _widened(partial(run, arm, GRID_SEED), preset.scratch_rates, SCRATCH_RATES, losses) for arm in arms}
     found = {arm: chosen for arm, runs in grids.items() if (chosen := _best(runs, losses)) is not None}
     return [r for runs in grids.values() for r in runs] + [
-        run(arm, seed, found[_parent(arm)].training["learning_rate"])
+        run(arm, seed, found[arm].training["learning_rate"])
         for seed in range(preset.seeds["ablation"])
         for arm in arms
-        if _parent(arm) in found
+        if arm in found
     ]
-
-
-def _parent(arm: str) -> str:
-    """The arm whose learning rate an arm has: "Full" for "Full, sigmoid"."""
-    return arm.partition(",")[0]
 
 
 KINDS: dict[str, dict[str, Any]] = {"plain": dict(residual="plain"), "Block": dict(depth=dict(num_blocks=8))}
