@@ -205,7 +205,7 @@ CORPUS: dict[str, str] = {}  # of the study that is run
 
 
 def fake_result(run: Any, *_: Any) -> dict[str, Any]:
-    fields = ("study", "arm", "seed", "stage", "depth", "backbone", "training")
+    fields = ("study", "arm", "seed", "stage", *runner.CONDITIONS)
     width = run.backbone.get("hidden_size", 0)
     loss = 3 - 0.01 * (sum(map(ord, run.arm)) % 7) + 0.1 * run.seed + run.training["depth_learning_rate"]
     magnitudes = dict(accumulated=[1.0, 2.0], gradients=[0.1, 0.2], written=[1.0, 1.0])
@@ -253,10 +253,15 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     CORPUS["sha256"] = text.sha256
     planned = plan("scaling", preset, {})[0]
     result = fake_result(planned)
-    result["training"] = {**planned.training, "steps": 3}  # as if the plan had changed since
-    (tmp_path / "scaling-smoke" / f"{planned.key}.json").write_text(json.dumps(result))
-    with pytest.raises(TrainingError, match="was trained with .*'steps': 3.* and the plan has .*'steps': 1"):
-        run_study("scaling", "smoke", **kwargs)
+    for changed, message in (
+        ({"training": {**planned.training, "steps": 3}}, "training .*'steps': 3.* and the plan has .*'steps': 1"),
+        ({"residual": "mhc"}, "residual mhc, and the plan has plain"),
+        ({"depth": {"num_blocks": 2}}, "depth {'num_blocks': 2}, and the plan has {}"),
+        ({"backbone": {**planned.backbone, "hidden_size": 8}}, "backbone .*'hidden_size': 8.* and the plan has .*64"),
+    ):  # as if the plan had changed since
+        (tmp_path / "scaling-smoke" / f"{planned.key}.json").write_text(json.dumps({**result, **changed}))
+        with pytest.raises(TrainingError, match=f"json has {message}"):
+            run_study("scaling", "smoke", **kwargs)
 
 
 @pytest.mark.parametrize(("study", "arm"), [("retrofit", "sum"), ("ablation", "Full")])

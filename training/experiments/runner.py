@@ -20,6 +20,7 @@ from .corpus import Corpus, make_corpus
 from .studies import PRESETS, REAL, SMOLLM2, Preset, Run, plan
 
 RESULTS = Path(__file__).parent / "results"
+CONDITIONS = ("residual", "depth", "backbone", "training")  # of a run, which its result keeps
 
 
 def preset_named(name: str) -> Preset:
@@ -93,11 +94,8 @@ def run_study(
             results = results_of(directory)
             planned = plan(study, preset, {key: result["validation_loss"] for key, result in results.items()})
             for run in planned:
-                if run.key in results and results[run.key]["training"] != run.training:
-                    raise TrainingError(
-                        f"{directory / run.key}.json was trained with {results[run.key]['training']}, and the plan has "
-                        f"{run.training}. Remove it, and the run is done again."
-                    )
+                if run.key in results:
+                    _check(run, results[run.key], directory)
             missing = [run for run in planned if run.key not in results]
             busy = {run.key for run in running.values()}
             waiting = [run for run in missing if run.key not in busy]
@@ -116,6 +114,16 @@ def run_study(
                 temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
                 temporary.replace(directory / f"{run.key}.json")
                 report(f"{study} {run.key}: {result['validation_loss']:.4f} in {result['seconds']:.0f} s")
+
+
+def _check(run: Run, result: dict[str, Any], directory: Path) -> None:
+    """Refuses a result that the plan has under other conditions now."""
+    for name in CONDITIONS:
+        if result[name] != getattr(run, name):
+            raise TrainingError(
+                f"{directory / run.key}.json has {name} {result[name]}, and the plan has {getattr(run, name)}. "
+                "Remove it, and the run is done again."
+            )
 
 
 def _versions(packages: dict[str, str]) -> str:
