@@ -296,19 +296,24 @@ def blocks_figure(results: Results) -> Any:
     """Loss against the block size by each measure, with intervals."""
     panels: list[Any] = []
     for name, measure in MEASURES.items():
-        losses, rows = main_losses(results, measure), []
+        losses, rows, points = main_losses(results, measure), [], []
         for size, arm in BLOCK_SIZES.items():
             if (mean := Mean.of(list(losses.get(arm, {}).values()))).count:
                 half = 0.0 if np.isnan(mean.half) else mean.half
                 rows.append({"S": size, "loss": mean.value, "low": mean.value - half, "high": mean.value + half})
+                points += [{"S": size, "loss": loss} for loss in losses[arm].values()]
         base = alt.Chart(pd.DataFrame(rows), width=WIDTH * 2 // 3, height=190, title=name)
-        x = alt.X("S:Q", title="S, sublayers per block (of 16)").scale(type="log", base=2)
+        x = alt.X("S:Q", title="S, sublayers per block (of 16)").scale(type="log", base=2, nice=False, padding=14)
         x = x.axis(values=list(BLOCK_SIZES))
+        y = alt.Y("loss:Q", title="loss").scale(zero=False)
         panels.append(
-            base.mark_rule(strokeWidth=2).encode(x=x, y=alt.Y("low:Q").scale(zero=False), y2="high:Q")
-            + base.mark_line(point=True).encode(x=x, y=alt.Y("loss:Q", title="loss").scale(zero=False))
+            base.mark_rule(strokeWidth=2, color=LIGHT_COLORS[0]).encode(x=x, y="low:Q", y2="high:Q")
+            + base.mark_line(point=True).encode(x=x, y=y)
+            + alt.Chart(pd.DataFrame(points))
+            .mark_tick(color=LIGHT_COLORS[1], thickness=2, size=9, orient="horizontal")
+            .encode(x=x, y=y)
         )
-    subtitle = "mean and 95 % interval over seeds"
+    subtitle = "dot: mean, line: 95 % interval over seeds, ticks: seeds"
     return alt.hconcat(*panels).properties(title=alt.TitleParams("Block size", subtitle=subtitle))
 
 
