@@ -352,9 +352,9 @@ def scaling_figure(results: Results, title: str) -> Any:
                 law = scaling.PowerLaw.fit(compute, losses)
                 for c in np.geomspace(min(compute), max(compute), 30):
                     lines.append({"kind": kind, "compute": float(c), "loss": law.loss(float(c))})
-        x = alt.X("compute:Q", title="compute, PFLOP/s-days (C = 6 N D)").scale(type="log")
+        x = alt.X("compute:Q", title="compute, PFLOP/s-days (C = 6 N D)").scale(type="log", nice=False, padding=14)
         x = x.axis(format=".0e", tickCount=3)
-        y = alt.Y("loss:Q", title="loss").scale(type="log", zero=False)
+        y = alt.Y("loss:Q", title="loss").scale(type="log", nice=False, padding=14).axis(format=".1f", tickCount=5)
         color = alt.Color("kind:N", title=None)
         panels.append(
             alt.Chart(pd.DataFrame(lines), width=WIDTH * 2 // 3, height=220, title=name)
