@@ -54,7 +54,7 @@ def theme(dark: bool = False) -> dict[str, Any]:
             "offset": 10,
         },
         "range": {"category": DARK_COLORS if dark else LIGHT_COLORS},
-        "rule": {"color": colors["paper"]},
+        "style": {"gap": {"color": colors["paper"]}},  # between blocks of a depth map
         "text": {"color": colors["faint"], "fontSize": 11},
         "mark": {"color": (DARK_COLORS if dark else LIGHT_COLORS)[0]},
     }
@@ -119,7 +119,7 @@ def _panel(
     if ends:
         marks = alt.Chart(alt.Data(values=ends))
         edge = alt.Y("row:O", bandPosition=0)
-        layers.append(marks.transform_filter("datum.block > 1").mark_rule(strokeWidth=GAP).encode(y=edge))
+        layers.append(marks.transform_filter("datum.block > 1").mark_rule(strokeWidth=GAP, style="gap").encode(y=edge))
         if kind == layout.kinds[-1]:
             text = marks.mark_text(align="left", baseline="top", dx=4, dy=2)
             layers.append(text.encode(x=alt.value(PANEL), y=edge, text="label:N"))
