@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,11 +27,12 @@ from attnres import AttnResError, AttnResForCausalLM, convert
 
 pytest.importorskip("trl", reason="TRL is in the extra `train`")
 
-from attnres.training import TrainingError, TrainingSettings, baselines, finetune, train
+from attnres.training import TrainingError, TrainingSettings, baselines, engine, finetune, train
 from attnres.training.baselines.hyper_connections import sinkhorn
+from attnres.training.engine import check_output
 from attnres.training.from_scratch import RunConfig
 from attnres.training.optimizers import is_depth_parameter, make_optimizer, parameter_groups
-from attnres.training.report import TrainingReport
+from attnres.training.report import TRAINING_REPORT, TrainingReport
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "examples" / "tiny-qwen3"
@@ -482,6 +484,18 @@ def test_refused(name: str, converted: Path, plain: Path, corpus: Path, tmp_path
     with pytest.raises(Exception, match=message) as raised:
         finetune(arguments.pop("checkpoint"), **arguments)
     assert isinstance(raised.value, AttnResError), raised.value
+
+
+def test_a_late_process_takes_a_report_that_is_being_written_for_no_stranger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f".{TRAINING_REPORT}.4711").touch()
+    with pytest.raises(TrainingError, match="holds something that no training wrote"):
+        check_output(tmp_path)
+    monkeypatch.setattr(engine, "process_state", lambda: SimpleNamespace(is_main_process=False))
+    check_output(tmp_path)
+    with pytest.raises(TrainingError, match="parent directory does not exist"):
+        check_output(tmp_path / "no" / "where")
 
 
 # -- optimizers --------------------------------------------------------------------------------------------------------

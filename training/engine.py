@@ -73,14 +73,19 @@ def _env_says(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1", "yes")
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path) -> None:
     """Checks that a training may write there, before anything is loaded.
+
+    Several processes do not start at the same moment. The main one may already write its report when another one
+    comes here, so only the main process looks at what the directory holds.
 
     Raises:
         TrainingError: it holds something else, or its parent directory is missing.
     """
     if not output.parent.is_dir():
         raise TrainingError(f"output {output}: its parent directory does not exist; create it first.")
+    if not process_state().is_main_process:
+        return
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise TrainingError(f"output {output} is not a directory; choose another.")
     if output.is_dir() and any(output.iterdir()) and TrainingReport.read(output) is None:

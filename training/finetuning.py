@@ -84,7 +84,7 @@ def finetune(
         raise TrainingError("plain trains a checkpoint without depth attention, so it goes with train='full' alone.")
     chosen = TrainingSettings.from_dict(settings)
     target = Path(output).absolute()
-    check_output(target, overwrite)
+    check_output(target)
     directory = find_checkpoint(Path(checkpoint), revision)
     if directory.resolve() == target.resolve():
         raise TrainingError(f"output {output} is the checkpoint that is to be trained; choose another.")

@@ -164,7 +164,7 @@ def train(
         config = RunConfig.from_dict(config)
     settings, section = config.training, config.model
     target = Path(output or config.output).absolute()
-    check_output(target, overwrite)
+    check_output(target)
     tokenizer = load_tokenizer(section.tokenizer)
     backbone = _backbone(section, tokenizer)
     settings = settings.for_model(backbone)
