@@ -136,11 +136,6 @@ def test_the_real_model_has_the_arms_that_were_best_on_the_small_one() -> None:
     losses = evidence.main_losses(results)
     gaps = {arm: evidence.difference(losses, arm).value for arm in losses if arm != "plain"}
     assert {*SMOLLM2_ARMS} == {"plain", *sorted(gaps, key=lambda arm: gaps[arm])[:3]}
-    for result in results.values():
-        if result["stage"] == "main" and result["arm"] in SMOLLM2_ARMS:
-            training = result["training"]
-            multiple = training["depth_learning_rate"] / training["learning_rate"]
-            assert SMOLLM2_ARMS[result["arm"]] == pytest.approx(multiple)
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:

@@ -374,6 +374,7 @@ def sections(preset: str, results: Mapping[str, Results]) -> dict[str, str]:
         "retrofit": ("retrofit", retrofit_table),
         "grid": ("retrofit", lambda found: grid_table(found, RETROFIT)),
         "scratch-grid": ("ablation", lambda found: grid_table(found, ABLATION)),
+        "smollm2-grid": ("smollm2", lambda found: grid_table(found, SMOLLM2_ARMS)),
         "smollm2": ("smollm2", retrofit_table),
         "ablation": ("ablation", ablation_table),
         "blocks": ("ablation", blocks_table),

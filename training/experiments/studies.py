@@ -123,9 +123,8 @@ RETROFIT: dict[str, dict[str, Any]] = {
     "Full": dict(depth=dict(block_size=1, mix="sum")),
 }
 
-# (a) on a real model: plain, and the arms that were best on the small one, by the learning rate of their depth
-# parameters that was best there, as a multiple of the decoder's.
-SMOLLM2_ARMS = {"plain": 1.0, "Full": 3.0, "8 heads": 10.0, "4 heads": 10.0}
+# (a) on a real model: plain, and the arms that were best on the small one on held-out packages.
+SMOLLM2_ARMS = ("plain", "Full", "8 heads", "4 heads")
 SMOLLM2_RATE = 1e-4  # of the decoder, in all arms
 
 # (b) Table 4 in small: all at equal data, from the same initial weights.
@@ -165,6 +164,7 @@ SMALL: dict[str, Any] = dict(
 # the paper's Table 2.
 SIZES = ((64, 4, 0.4), (96, 6, 0.6), (128, 8, 0.8), (192, 10, 1.0))
 GRID_SEED = 999  # no main run has it
+SMOLLM2_GRID_SEED = 0  # the same, of SmolLM2
 # An arm whose best depth learning rate is at an end of its grid gets the next of these multiples, too.
 MULTIPLES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SCRATCH_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)  # the same, of all parameters from scratch
@@ -281,43 +281,78 @@ def _scaling(preset: Preset, losses: Mapping[str, float]) -> list[Run]:
     ]
 
 
-def _retrofit(preset: Preset, losses: Mapping[str, float]) -> list[Run]:
-    arms = {arm: fields for arm, fields in RETROFIT.items() if arm in preset.arms.get("retrofit", RETROFIT)}
+def _retrofits(
+    study: str,
+    source: str,
+    arms: Sequence[str],
+    *,
+    rates: Sequence[float],
+    multiples: Sequence[float],
+    grid_seed: int,
+    seeds: Sequence[int],
+    preset: Preset,
+    losses: Mapping[str, float],
+    more: Mapping[str, Any] | None = None,
+) -> list[Run]:
+    """Grids of the plain arm and of the others, then the main runs of the arms whose learning rates are found.
 
-    def run(arm: str, seed: int, rate: float, depth_rate: float) -> Run:
-        stage = "grid" if seed == GRID_SEED else "main"
-        training = _training("retrofit", preset, rate, depth_rate)
-        return Run("retrofit", arm, seed, stage, TINY, training=training, **arms[arm])
+    Args:
+        study, source: of all runs.
+        arms: the names of those that are run, of `RETROFIT`.
+        rates: learning rates of the decoder that the plain arm tries; all arms then have its best.
+        multiples: learning rates of the depth parameters that are tried first, as multiples of the decoder's.
+        grid_seed, seeds: of the grids, and of the main runs.
+        preset, losses: see [`plan`].
+        more: further fields of [`TrainingSettings`], of all runs.
+    """
 
-    grid = {"plain": [run("plain", GRID_SEED, rate, rate) for rate in preset.rates]}
+    def run(stage: str, arm: str, seed: int, rate: float, depth_rate: float) -> Run:
+        training = _training(study, preset, rate, depth_rate) | dict(more or {})
+        return Run(study, arm, seed, stage, source, training=training, **RETROFIT[arm])
+
+    grid = {"plain": [run("grid", "plain", grid_seed, rate, rate) for rate in rates]}
     if (plain := _best(grid["plain"], losses)) is None:
         return grid["plain"]
     rate = plain.training["learning_rate"]
 
     def of_multiple(arm: str, multiple: float) -> Run:
-        return run(arm, GRID_SEED, rate, rate * multiple)
+        return run("grid", arm, grid_seed, rate, rate * multiple)
 
-    grid |= {arm: _widened(partial(of_multiple, arm), preset.grid, MULTIPLES, losses) for arm in arms if arm != "plain"}
+    grid |= {arm: _widened(partial(of_multiple, arm), multiples, MULTIPLES, losses) for arm in arms if arm != "plain"}
     found = {arm: chosen for arm, runs in grid.items() if (chosen := _best(runs, losses)) is not None}
     return [r for runs in grid.values() for r in runs] + [
-        run(arm, seed, rate, found[arm].training["depth_learning_rate"])
-        for seed in range(preset.seeds["retrofit"])
+        run("main", arm, seed, rate, found[arm].training["depth_learning_rate"])
+        for seed in seeds
         for arm in arms
         if arm in found
     ]
 
 
+def _retrofit(preset: Preset, losses: Mapping[str, float]) -> list[Run]:
+    return _retrofits(
+        "retrofit",
+        TINY,
+        preset.arms.get("retrofit", tuple(RETROFIT)),
+        rates=preset.rates,
+        multiples=preset.grid,
+        grid_seed=GRID_SEED,
+        seeds=range(preset.seeds["retrofit"]),
+        preset=preset,
+        losses=losses,
+    )
+
+
 def _smollm2(preset: Preset, losses: Mapping[str, float]) -> list[Run]:
-    """In bfloat16 on CPUs too, which halves the time of a step."""
-    return [
-        Run(
-            "smollm2",
-            arm,
-            seed,
-            source=SMOLLM2,
-            training=_training("smollm2", preset, SMOLLM2_RATE, SMOLLM2_RATE * factor) | {"precision": "bf16"},
-            **RETROFIT[arm],
-        )
-        for seed in range(preset.seeds["smollm2"])
-        for arm, factor in SMOLLM2_ARMS.items()
-    ]
+    """A run takes long, so grids begin with two values. It is in bfloat16 on CPUs too, which halves its time."""
+    return _retrofits(
+        "smollm2",
+        SMOLLM2,
+        SMOLLM2_ARMS,
+        rates=(SMOLLM2_RATE,),
+        multiples=preset.grid[:2],
+        grid_seed=SMOLLM2_GRID_SEED,
+        seeds=range(1, 1 + preset.seeds["smollm2"]),
+        preset=preset,
+        losses=losses,
+        more={"precision": "bf16"},
+    )
