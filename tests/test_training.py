@@ -334,14 +334,22 @@ def test_a_checkpoint_of_other_parameters_is_refused(converted: Path, corpus: Pa
 def test_default_learning_rates() -> None:
     rates = TrainingSettings(steps=1).learning_rates
     assert rates("full") == (1e-4, 1e-4)
-    assert rates("full", num_heads=8) == (1e-4, pytest.approx(1e-3))
-    assert rates("lora") == (2e-4, 1e-4)
-    assert TrainingSettings(steps=1, learning_rate=1e-3).learning_rates("lora", num_heads=8) == (1e-3, 1e-3)
-    assert rates("depth", num_heads=8) == (0.0, 3e-3)
-    assert rates("scratch", num_heads=8) == (4e-3, 4e-3)
-    assert TrainingSettings(steps=1, learning_rate=1e-5).learning_rates("full") == (1e-5, 1e-5)
+    for width, multiple in ((24, 8), (192, 1), (576, 1 / 3)):
+        assert rates("full", width) == (1e-4, pytest.approx(multiple * 1e-4))
+        assert rates("lora", width) == (2e-4, pytest.approx(multiple * 1e-4))
+        assert rates("depth", width) == (0.0, pytest.approx(min(1, multiple) * 3e-3))
+        assert rates("scratch", width) == (4e-3, 4e-3)
+    assert TrainingSettings(steps=1, learning_rate=1e-5).learning_rates("full", 24) == (1e-5, pytest.approx(8e-5))
     chosen = TrainingSettings(steps=1, learning_rate=1e-5, depth_learning_rate=2e-3)
-    assert chosen.learning_rates("full", num_heads=8) == (1e-5, 2e-3)
+    assert chosen.learning_rates("full", 24) == (1e-5, 2e-3)
+
+
+def test_the_depth_learning_rate_follows_the_width_of_a_head(converted: Path, corpus: Path, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = dict(data=corpus / "text.jsonl", **QUICK | {"steps": 1})
+    config = AttnResForCausalLM.config_class.from_pretrained(converted)
+    report = finetune(converted, output=tmp_path / "out", **arguments)
+    width = config.hidden_size / config.depth_attention["num_heads"]
+    assert report.settings["depth_learning_rate"] == pytest.approx(1e-4 * 192 / width)
 
 
 def test_finished_and_other_settings(converted: Path, corpus: Path, tmp_path: Path) -> None:

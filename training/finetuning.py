@@ -26,7 +26,7 @@ from .engine import check_output, claimed, num_replicas, quiet, run, runs_in_bfl
 from .errors import TrainingError
 from .report import TrainingReport, versions
 from .saving import Origin, save_adapter, save_model
-from .settings import MODES, TrainingSettings
+from .settings import HEAD_WIDTH, MODES, TrainingSettings
 
 
 def finetune(
@@ -100,8 +100,10 @@ def finetune(
     rows = load_data(*(as_list(data), as_list(validation)), split=split, text_column=text_column, seed=chosen.seed)
     if rows.kind == "messages" and tokenizer.chat_template is None:
         raise TrainingError(f"The data are dialogues, and the tokenizer of {checkpoint} has no chat template.")
-    num_heads = config.depth_attention["num_heads"] if isinstance(config, AttnResConfig) else 1
-    learning_rates = chosen.learning_rates(train, num_heads)
+    head_width = HEAD_WIDTH
+    if isinstance(config, AttnResConfig):
+        head_width = config.hidden_size // config.depth_attention["num_heads"]
+    learning_rates = chosen.learning_rates(train, head_width)
     report = TrainingReport(
         source=str(checkpoint) if not Path(checkpoint).exists() else directory.resolve().name,
         method={"train": train, "residual": "plain" if plain else "attnres", "merge": merge},

@@ -14,9 +14,11 @@ MODES = ("full", "lora", "depth")
 # Peak learning rate of the decoder in a run that names none, by what is trained. `"full"` is the best of four for
 # examples/tiny-qwen3 (docs/evidence.md), and `"scratch"` is what that model was trained with. LoRA was not studied.
 LEARNING_RATES = {"full": 1e-4, "lora": 2e-4, "depth": 0.0, "scratch": 4e-3}
-# The depth parameters of a retrofit have as much with one head, and this multiple of it with several: the same study.
-SEVERAL_HEADS = 10.0
-DEPTH_ALONE = 3e-3  # where nothing else is trained; one look, one seed
+# The depth parameters of a retrofit have the decoder's rate where a depth head has this many dimensions, and in inverse
+# proportion more or less elsewhere: AdamW moves each element of a query by its rate, so a logit by rate x dimensions.
+# It fits the best rates of examples/tiny-qwen3 and of SmolLM2-135M-Instruct (docs/evidence.md).
+HEAD_WIDTH = 192
+DEPTH_ALONE = 3e-3  # the most where nothing else is trained; one look, one seed
 
 SEQUENCE_LENGTH = 1024
 
@@ -73,8 +75,9 @@ class TrainingSettings:
             `"adamw"`, or `"muon"`: `torch.optim.Muon` for the matrices of decoder layers, AdamW for the rest.
         learning_rate (`float`, *optional*): peak, of all but the depth parameters; see `LEARNING_RATES`.
         depth_learning_rate (`float`, *optional*):
-            Peak, of the depth parameters. By default `learning_rate`, or ten times that for a retrofit with several
-            heads; beside LoRA 1e-4 or 1e-3 in the same way, and 3e-3 where depth parameters learn alone.
+            Peak, of the depth parameters. By default `learning_rate` from scratch, and in a retrofit
+            `learning_rate * 192 / (hidden_size / num_heads)`. Beside LoRA 1e-4 takes the place of `learning_rate`
+            there. Where depth parameters learn alone it is 3e-3, and less by the same factor if that is below one.
         weight_decay (`float`, defaults to 0.01): of matrices; depth parameters, norms and biases have none.
         schedule (`str`, defaults to `"cosine"`): `"cosine"` to zero, or `"warmup_stable_decay"`.
         warmup (`float`, defaults to 0.05): share of the steps in which the learning rates rise from zero.
@@ -207,20 +210,22 @@ class TrainingSettings:
             )
         return self
 
-    def learning_rates(self, mode: str, num_heads: int = 1) -> tuple[float, float]:
+    def learning_rates(self, mode: str, head_width: int = HEAD_WIDTH) -> tuple[float, float]:
         """The peak learning rates of the decoder and of the depth parameters.
 
         Args:
             mode (`str`): what is trained, one of `MODES` or `"scratch"`.
-            num_heads (`int`, *optional*, defaults to 1): of depth attention.
+            head_width (`int`, *optional*, defaults to 192): dimensions of a depth head, `hidden_size / num_heads`.
         """
         rate = LEARNING_RATES[mode] if self.learning_rate is None else self.learning_rate
         if self.depth_learning_rate is not None:
             return rate, self.depth_learning_rate
+        if mode == "scratch":
+            return rate, rate
         if mode == "depth":
-            return rate, DEPTH_ALONE
+            return rate, DEPTH_ALONE * min(1.0, HEAD_WIDTH / head_width)
         of_decoder = LEARNING_RATES["full"] if mode == "lora" else rate  # an adapter's rate says nothing of theirs
-        return rate, of_decoder * (SEVERAL_HEADS if num_heads > 1 and mode != "scratch" else 1.0)
+        return rate, of_decoder * HEAD_WIDTH / head_width
 
     def fixed(self) -> dict[str, Any]:
         """What must be the same when a run is resumed."""
