@@ -97,6 +97,7 @@ def test_plans_are_whole_and_paired(study: str, preset: str) -> None:
     main = [run for run in runs if run.stage == "main"]
     arms = {run.arm for run in main}
     assert len(main) == len(arms) * PRESETS[preset].seeds[study]
+    assert not {run.seed for run in main} & {run.seed for run in runs if run.stage == "grid"}
     for name in ("steps", "batch_size", "sequence_length"):
         of_size: dict[Any, set[Any]] = {}
         for run in runs:

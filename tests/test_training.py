@@ -494,9 +494,7 @@ def test_refused(name: str, converted: Path, plain: Path, corpus: Path, tmp_path
     assert isinstance(raised.value, AttnResError), raised.value
 
 
-def test_a_late_process_takes_a_report_that_is_being_written_for_no_stranger(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_late_process_accepts_a_report_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f".{TRAINING_REPORT}.4711").touch()
     with pytest.raises(TrainingError, match="holds something that no training wrote"):
         check_output(tmp_path)

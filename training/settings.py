@@ -16,7 +16,7 @@ MODES = ("full", "lora", "depth")
 LEARNING_RATES = {"full": 1e-4, "lora": 2e-4, "depth": 0.0, "scratch": 4e-3}
 # The depth parameters of a retrofit have the decoder's rate where a depth head has this many dimensions, and in inverse
 # proportion more or less elsewhere: AdamW moves each element of a query by its rate, so a logit by rate x dimensions.
-# It fits the best rates of examples/tiny-qwen3 and of SmolLM2-135M-Instruct (docs/evidence.md).
+# It is near the best rates of examples/tiny-qwen3 and of SmolLM2-135M-Instruct (docs/evidence.md).
 HEAD_WIDTH = 192
 DEPTH_ALONE = 3e-3  # the most where nothing else is trained; one look, one seed
 
